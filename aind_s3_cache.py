@@ -1,0 +1,5217 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# ///
+"""Find an object on S3, behind a URL or on disk, and keep it in a local cache that is never wrong.
+
+>>> from aind_s3_cache import get_json, get_local_path_for_resource
+>>> result = get_local_path_for_resource("s3://aind-open-data/dataset/metadata.json")
+>>> result.path, result.from_cache
+>>> metadata = get_json("s3://aind-open-data/dataset/metadata.json")
+
+One file, standard library only: install it, copy it under any name, or run it. Public data needs
+no credentials; ``boto3`` is used for signed requests only, and only if it is there.
+
+Map, leaf first: a section may use only what stands above it
+------------------------------------------------------------
+ 1 Defaults      every number, each with its reason
+ 2 Errors        one family
+ 3 URIs          text in, text out
+ 4 Wire          the protocol as pure functions
+ 5 Transport     kept connections, proxies, TLS, redirects, deadlines
+ 6 Sources       HTTP, unsigned S3, signed S3 behind one ``read``
+ 7 Store         the cache directory
+ 8 JSON          loaders on top of 6
+ 9 Cache         joins 6 and 7: one, many, a tree; CacheManager
+10 Command line  a thin skin over the public API
+
+Guaranteed: one conditional GET answers hit and miss alike; an entry is named by the ETag of the
+answer that brought its bytes; a returned path never changes its content; any number of threads,
+processes and hosts may share a directory, and no lock carries correctness; what is killed or cut
+off is never served. Not offered: writing to S3, listing beyond one tree, mounting, async.
+
+Environment, read at call time: ``AIND_S3_CACHE_DIR``, ``AIND_S3_CACHE_OFFLINE``,
+``XDG_CACHE_HOME``; ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL``,
+``AWS_IGNORE_CONFIGURED_ENDPOINT_URLS``, ``AWS_REGION``, ``AWS_DEFAULT_REGION``;
+``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``; ``AWS_CA_BUNDLE``,
+``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE``, ``SSL_CERT_DIR``; boto3's own for signed requests.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+import threading
+import time
+from functools import lru_cache, partial
+
+__version__ = "1.0.0"
+
+__all__ = [
+    # Localize
+    "get_local_path_for_resource",
+    "get_local_paths_for_resources",
+    "LocalizedResource",
+    "CacheManager",
+    "CacheEntry",
+    # JSON
+    "get_json",
+    "get_json_s3",
+    "get_json_s3_uri",
+    "get_json_url",
+    # URIs
+    "parse_s3_uri",
+    "is_url",
+    "is_file_path",
+    "as_pathlike",
+    "as_string",
+    "join_any",
+    # Errors
+    "S3CacheError",
+    "NotFoundError",
+    "AccessDeniedError",
+    "TransferError",
+    "IntegrityError",
+    "OfflineError",
+    "CacheError",
+    "InvalidJSONError",
+    "MissingDependencyError",
+    # Program
+    "main",
+]
+
+# Heavy modules (socket, ssl, json, hashlib, pathlib, urllib.*) are imported in the functions that
+# need them: a fresh process that reads one small file pays for little else than the interpreter.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from concurrent.futures import Executor
+    from pathlib import Path, PurePath
+    from socket import socket as Socket
+    from typing import Any, Protocol, TypeVar, Union
+
+    T = TypeVar("T")
+    StrPath = Union[str, os.PathLike[str]]
+    Progress = Union[bool, None, Callable[[int], object]]
+    Origin = tuple[str, str, int]
+
+    class Reader(Protocol):
+        """What a transfer reads from."""
+
+        def readinto(self, view: memoryview) -> int: ...
+        def close(self) -> None: ...
+
+    class _ChunkFile(Protocol):
+        """What a transfer writes chunks to."""
+
+        def write(self, view: memoryview, offset: int) -> None: ...
+        def finish(self, index: int, crc: int) -> None: ...
+        def restart(self) -> None: ...
+
+
+# ==== 1 Defaults ==================================================================================
+# Every number of the module, each with its reason; read at call time, so tests can shrink them.
+
+_MiB = 1 << 20
+_CHUNK = _MiB  # what the log of a partial file vouches for: a crash loses at most this per worker
+_SPAN = (
+    8 * _MiB
+)  # asked for in one range: long enough to hide a round trip, short enough to balance
+_SMALL = 8 * _MiB  # kept in memory until it is whole; above, on disk with a log to resume from
+_BUFFER = 256 << 10  # bytes a worker holds: larger did not go faster, 16 of them are 4 MiB
+
+_CONNECT_TIMEOUT = 10.0  # seconds for one address; a live host answers a SYN in well under one
+_CONNECT_TOTAL = 30.0  # seconds for all the addresses of a name, proxy and TLS handshake included
+_HEAD_TIMEOUT = 30.0  # seconds for a whole answer head, however it drips
+_STALL_TIMEOUT = 30.0  # seconds without one byte of a body, as in cargo and curl's examples
+_SLOW_WINDOW = 30.0  # seconds over which a body must bring _SLOW_RATE bytes each second
+_SLOW_RATE = 1024  # bytes per second; a modem does better
+_HEAD_LIMIT = 64 << 10  # bytes of an answer head; S3 sends about 600
+_ERROR_LIMIT = 64 << 10  # bytes read of an error body; S3 sends about 300
+_LIST_LIMIT = 8 * _MiB  # bytes of one listing page: 1,000 keys of 1,024 escaped bytes fit
+_JSON_LIMIT = 256 * _MiB  # bytes of a JSON document, as sent and as decoded
+_REDIRECTS = 10  # as browsers, curl and requests allow about
+
+_IDLE_CONNECTIONS = 32  # kept over all origins: as many as a batch uses at most
+_IDLE_SECONDS = 15.0  # S3 closes at 20 s; a little earlier saves the failed attempt
+
+_RETRIES = 8  # attempts after the first without a byte of progress
+_RETRY_BASE = 0.05  # seconds; botocore and S3 guidance: full jitter over base * 2**attempt
+_RETRY_BASE_THROTTLED = 1.0  # seconds; a throttling server needs the pause, a dropped one does not
+_RETRY_CAP = 20.0  # seconds at most for one pause
+_RETRY_TOTAL = 60.0  # seconds since the last progress; a longer Retry-After fails at once
+_RETRY_TOKENS = 500  # per process, 5 a retry, 1 back per success: ends storms, as botocore does
+
+_WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
+_WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
+_BATCH_WORKERS = 3  # two or three are best for small objects on a fast server [measured]
+_BATCH_LIMIT = 32  # where the network is what a batch waits for
+_CHANGES = 3  # times an object may change under a download before we say so
+_PEER_PATIENCE = 5.0  # seconds a peer's download may stand still before we no longer wait for it
+
+_USE_GRAIN = 3600.0  # seconds between two stamps of last use
+_GRACE = 3600.0  # seconds after its last use in which nothing is pruned
+_ORPHAN_AGE = 7 * 86400.0  # seconds after which a partial file that nobody finished is collected
+
+
+# ==== 2 Errors ====================================================================================
+# Everything that we raise on purpose, attributes first: the text is made from them.
+
+
+def _printable(text: str) -> str:
+    """Return text on one line, with control characters and lone surrogates escaped."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def _redact(uri: str) -> str:
+    """Return a URI fit for logs and messages: no user, password, query or fragment."""
+    scheme, colon, rest = uri.partition("://")
+    if not colon or scheme.lower() in ("s3", "file"):
+        return _printable(uri)
+    rest = rest.partition("#")[0].partition("?")[0]
+    host, slash, path = rest.partition("/")
+    return _printable(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}")
+
+
+_MIXED: dict[tuple[type, type], Any] = {}
+
+
+def _mixed(ours: Any, foreign: type) -> Any:
+    """Return a class that is both, made at run time since the foreign one may never be loaded."""
+    if (ours, foreign) not in _MIXED:
+        names = {"_ours": ours, "__module__": ours.__module__}
+        _MIXED[ours, foreign] = type(ours.__name__, (ours, foreign), names)
+    return _MIXED[ours, foreign]
+
+
+class S3CacheError(Exception):
+    """Base of every error that this module raises on purpose.
+
+    ::
+
+        S3CacheError
+        ├── NotFoundError           also FileNotFoundError
+        ├── AccessDeniedError       also PermissionError and FileNotFoundError
+        ├── TransferError           also ConnectionError: the network, or a server that fails
+        ├── IntegrityError          also OSError: the bytes are not what was promised
+        ├── OfflineError            also ConnectionError: not in the cache, and told not to ask
+        ├── CacheError              also OSError: the local side, with its errno
+        ├── InvalidJSONError        also ValueError
+        └── MissingDependencyError  also ImportError
+
+    Errors that come from an S3 answer are ``botocore.exceptions.ClientError`` too when botocore is
+    loaded. All pickle with everything they carry, and none holds a query, a password or a token.
+
+    Attributes
+    ----------
+    message : str
+        What went wrong.
+    uri : str or None
+        What was asked for, redacted.
+    status : int or None
+        HTTP status.
+    code : str or None
+        S3 error code such as ``"NoSuchKey"``.
+    hint : str or None
+        The likely cause, or what to do next.
+    response : dict
+        The same in the shape of botocore's ``ClientError.response``.
+    """
+
+    operation_name = "GetObject"
+    errno: int | None = None
+    _errno: int | None = None
+
+    def __new__(
+        cls, message: str, *, status: int | None = None, code: str | None = None, **_: object
+    ) -> S3CacheError:
+        foreign = cls._also(status, code)
+        made: S3CacheError = super().__new__(_mixed(cls, foreign) if foreign else cls, message)
+        return made
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        uri: str | None = None,
+        status: int | None = None,
+        code: str | None = None,
+        hint: str | None = None,
+        errno: int | None = None,
+        retry: str = "no",
+        retry_after: float | None = None,
+    ) -> None:
+        Exception.__init__(self, message)
+        self.message, self.uri, self.status = message, uri and _redact(uri), status
+        self.code, self.hint, self.attempts = code, hint, 1
+        self._retry, self._retry_after = retry, retry_after
+        if isinstance(self, OSError):
+            self.errno = errno or self._errno
+
+    @classmethod
+    def _also(cls, status: int | None, code: str | None) -> type[Exception] | None:
+        """Return the foreign class that callers may catch this error by."""
+        botocore = sys.modules.get("botocore.exceptions") if status and code else None
+        return botocore.ClientError if botocore else None
+
+    @property
+    def response(self) -> dict[str, Any]:
+        """The error in the shape of botocore's ``ClientError.response``."""
+        return {
+            "Error": {"Code": self.code or str(self.status or ""), "Message": self.message},
+            "ResponseMetadata": {"HTTPStatusCode": self.status, "HTTPHeaders": {}},
+        }
+
+    def __str__(self) -> str:
+        text = f"{self.message}: {self.uri}" if self.uri else self.message
+        tags = [str(tag) for tag in (self.status, self.code) if tag]
+        if self.attempts > 1:
+            tags.append(f"after {self.attempts} attempts")
+        return (
+            text + (f" ({', '.join(tags)})" if tags else "") + (f". {self.hint}" * bool(self.hint))
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {**self.__dict__, "errno": getattr(self, "errno", None)}
+        return _rebuild, (type(self).__dict__.get("_ours", type(self)), self.message, state)
+
+
+class NotFoundError(S3CacheError, FileNotFoundError):
+    """There is no such object, version, bucket, URL or local file."""
+
+    _errno = errno.ENOENT
+
+
+class AccessDeniedError(S3CacheError, PermissionError, FileNotFoundError):
+    """The server refuses; to an anonymous caller S3 says so of a missing key, too."""
+
+    _errno = errno.EACCES
+
+
+class TransferError(S3CacheError, ConnectionError):
+    """The network failed, or the server did, and no retry helped."""
+
+
+class IntegrityError(S3CacheError, OSError):
+    """The bytes that came are not those that were promised."""
+
+    _errno = errno.EIO
+
+
+class OfflineError(S3CacheError, ConnectionError):
+    """Nothing in the cache, and told not to touch the network."""
+
+    _errno = errno.ENETUNREACH
+
+
+class CacheError(S3CacheError, OSError):
+    """The cache directory cannot be used: full, unwritable or unsafe. ``errno`` says which."""
+
+
+class InvalidJSONError(S3CacheError, ValueError):
+    """The document is not JSON, too large, or nested too deeply. Also a ``json.JSONDecodeError``."""
+
+    msg, doc, pos, lineno, colno = "invalid JSON", "", 0, 1, 1  # 0.1's users may look at these
+
+    @classmethod
+    def _also(cls, status: int | None, code: str | None) -> type[Exception] | None:
+        json = sys.modules.get("json")
+        return json.JSONDecodeError if json else None
+
+
+class MissingDependencyError(S3CacheError, ImportError):
+    """A signed request was asked for and boto3 is not installed."""
+
+
+def _rebuild(cls: type[S3CacheError], message: str, state: dict[str, Any]) -> S3CacheError:
+    """Make an error anew from its pickle."""
+    error = cls(message, status=state["status"], code=state["code"])
+    for name, value in state.items():
+        setattr(error, name, value)
+    return error
+
+
+def _human(size: float) -> str:
+    """Return a size for people, in decimal units as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(size) < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _log(level: int, text: str, *args: object) -> None:
+    """Log, without importing ``logging`` into a process that does not use it."""
+    logging = sys.modules.get("logging")
+    if logging is None:
+        return
+    logger = logging.getLogger(__name__)
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
+    if logger.isEnabledFor(level):
+        logger.log(level, text, *args)
+
+
+_DEBUG, _INFO, _WARNING = 10, 20, 30
+
+
+# ==== 3 URIs ======================================================================================
+# Text in, text out: no disk, no network. S3 keys are exact: "?", "#", "%", "//" are part of them.
+
+_BUCKET = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_")
+_S3_FORM = "expected s3://bucket/key"
+
+
+def _text(value: StrPath) -> str:
+    """Return a path or URI as str."""
+    text = os.fspath(value)
+    if not isinstance(text, str):
+        raise TypeError(f"expected str or os.PathLike[str], not {type(text).__name__}")
+    return text
+
+
+def _scheme(text: str) -> str:
+    """Return the scheme of a URI in lower case, or "": drive letters and paths have none."""
+    head, sep, _ = text.partition("://")
+    if sep and len(head) > 1 and head.isascii() and head.replace("+", "").isalnum():
+        return head.lower()
+    return "file" if text[:6].lower() == "file:/" else ""
+
+
+def _is_windows(path: str) -> bool:
+    """Tell whether a path has a drive letter or is ``\\\\server\\share``."""
+    return path.startswith("\\\\") or (path[1:2] == ":" and path[0].isascii() and path[0].isalpha())
+
+
+def _file_path(uri: str) -> str:
+    """Return the local path that a ``file:`` URI names."""
+    from urllib.parse import unquote
+
+    path = uri[5:]
+    if path.startswith("//"):
+        host, slash, rest = path[2:].partition("/")
+        path = slash + rest if host.lower() in ("", "localhost") else path
+    path = unquote(path)
+    return path[1:] if os.name == "nt" and path[2:3] == ":" else path
+
+
+def _split_http(url: str) -> tuple[str, str, str, str]:
+    """Return (scheme and ``://``, authority, path, the rest from ``?`` or ``#`` on)."""
+    head, sep, rest = url.partition("://")
+    end = min((at for at in map(rest.find, "/?#") if at >= 0), default=len(rest))
+    cut = min((at for at in map(rest.find, "?#") if at >= 0), default=len(rest))
+    return head + sep, rest[:end], rest[end:cut], rest[cut:]
+
+
+def parse_s3_uri(s3_uri: str) -> tuple[str, str]:
+    """Split an S3 URI into bucket and exact key.
+
+    Parameters
+    ----------
+    s3_uri : str
+        ``s3://bucket/key``; the scheme in any case. The key may be empty.
+
+    Returns
+    -------
+    tuple of (str, str)
+        Bucket, and the key with every character as written: ``?``, ``#``, ``%``, ``//``, a leading
+        and a trailing slash are part of it.
+
+    Raises
+    ------
+    ValueError
+        Not ``s3://``, or a bucket that cannot exist (1 to 255 of ``[A-Za-z0-9.-_]``, the rule of
+        botocore). A user or password is never echoed.
+    """
+    text = _text(s3_uri)
+    if _scheme(text) != "s3":
+        raise ValueError(f"Not a valid S3 URI: {_redact(text)!r} ({_S3_FORM})")
+    bucket, _, key = text[5:].partition("/")
+    if not 1 <= len(bucket) <= 255 or not _BUCKET.issuperset(bucket) or bucket[0] == ".":
+        shown = "" if "@" in bucket else f" {_printable(bucket[:80])!r}"
+        raise ValueError(f"Not a valid S3 URI: no bucket can be called{shown} ({_S3_FORM})")
+    return bucket, key
+
+
+def is_url(path_or_url: StrPath) -> bool:
+    """Tell whether this is an ``http``, ``https`` or ``s3`` URL with a host or bucket.
+
+    Parameters
+    ----------
+    path_or_url : str or os.PathLike
+
+    Returns
+    -------
+    bool
+    """
+    text = _text(path_or_url)
+    return _scheme(text) in ("http", "https", "s3") and bool(_split_http(text)[1])
+
+
+def is_file_path(path_or_url: StrPath) -> bool:
+    """Tell whether this is a local path or a ``file:`` URI.
+
+    Windows drives and ``\\\\server\\share`` are file paths on every system, and so is ``""``.
+
+    Parameters
+    ----------
+    path_or_url : str or os.PathLike
+
+    Returns
+    -------
+    bool
+    """
+    return _scheme(_text(path_or_url)) in ("", "file")
+
+
+def as_pathlike(base: StrPath) -> tuple[str, str | None, PurePath]:
+    """Parse a URI or path into ``(kind, bucket, path)``, to be edited with pathlib.
+
+    Parameters
+    ----------
+    base : str or os.PathLike
+
+    Returns
+    -------
+    kind : str
+        ``"s3"``, ``"http"``, ``"https"`` or ``"file"``.
+    bucket : str or None
+        The bucket, or the host of a URL; None for local paths.
+    path : pathlib.PurePath
+        ``PurePosixPath`` of a key, ``PureWindowsPath`` of a drive or ``\\\\server\\share`` on every
+        system, else ``Path``. Like every pathlib object it drops ``//``, ``.`` and a trailing slash:
+        for exact keys use `parse_s3_uri` and `join_any`.
+
+    Raises
+    ------
+    ValueError
+        An ``s3://`` URI that `parse_s3_uri` refuses.
+    """
+    from pathlib import Path, PurePosixPath, PureWindowsPath
+
+    text = _text(base)
+    scheme = _scheme(text)
+    if scheme == "s3":
+        bucket, key = parse_s3_uri(text)
+        return "s3", bucket, PurePosixPath(key.lstrip("/"))
+    if scheme in ("http", "https"):
+        _, host, path, rest = _split_http(text)
+        return scheme, host, PurePosixPath(path.lstrip("/") + rest)
+    if scheme == "file":
+        text = _file_path(text)
+    return "file", None, PureWindowsPath(text) if _is_windows(text) else Path(text)
+
+
+def as_string(kind: str, bucket: str | None, path: PurePath) -> str:
+    """Turn what `as_pathlike` returned into a string again.
+
+    Parameters
+    ----------
+    kind : str
+        ``"s3"``, ``"http"``, ``"https"`` or ``"file"``.
+    bucket : str or None
+        Bucket or host; ignored for ``"file"``.
+    path : pathlib.PurePath
+
+    Returns
+    -------
+    str
+        ``s3://bucket/key`` (``s3://bucket/`` for the root), a URL, or a local path.
+
+    Raises
+    ------
+    ValueError
+        For any other `kind`.
+    """
+    if kind == "file":
+        return str(path)
+    if kind not in ("s3", "http", "https"):
+        raise ValueError(f"Unsupported kind: {kind!r}")
+    key = path.as_posix().lstrip("/")
+    return f"{kind}://{bucket + '/' if bucket else ''}{'' if key == '.' else key}"
+
+
+def join_any(base: StrPath, *parts: str) -> str:
+    """Join parts to an S3 URI, a URL or a local path.
+
+    Parameters
+    ----------
+    base : str or os.PathLike
+        To an ``http(s)`` base the parts are joined before its query.
+    *parts : str
+        Empty ones are skipped. In S3 keys and URLs ``\\`` becomes ``/``, all else is kept exactly;
+        no slash is added after a base that ends in one. For local paths, pathlib's rules and the
+        separators of the base.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ValueError
+        An ``s3://`` URI that `parse_s3_uri` refuses.
+    """
+    text = _text(base)
+    scheme = _scheme(text)
+    if scheme in ("s3", "http", "https"):
+        if scheme == "s3":
+            parse_s3_uri(text)
+            head, rest = text, ""
+        else:
+            start, host, path, rest = _split_http(text)
+            head = start + host + path
+        if "/" not in head[len(scheme) + 3 :]:
+            head += "/"
+        for part in filter(None, parts):
+            head += ("" if head.endswith("/") else "/") + part.replace("\\", "/")
+        return head + rest
+    joined = str(as_pathlike(text)[2].joinpath(*parts))
+    if not _is_windows(joined):
+        return joined
+    return joined.replace("/", "\\") if "\\" in text else joined.replace("\\", "/")
+
+
+# ==== 4 Wire ======================================================================================
+# The protocol as pure functions over small values: nothing here opens a socket or a file.
+
+_UNRESERVED = _BUCKET | frozenset("/~")
+_TARGET = frozenset(map(chr, range(0x21, 0x7F))) - frozenset('"<>\\^`{|}')
+_HOST = _BUCKET | frozenset(":[]")
+_ETAG_BARE = frozenset("0123456789abcdefghijklmnopqrstuvwxyz-")
+_HEX = frozenset("0123456789abcdef")
+
+# Region prefix -> DNS suffix, from botocore's partitions.json; any other region is amazonaws.com.
+_PARTITIONS = {
+    "cn-": "amazonaws.com.cn",
+    "eusc-": "amazonaws.eu",
+    "us-iso-": "c2s.ic.gov",
+    "us-isob-": "sc2s.sgov.gov",
+    "eu-isoe-": "cloud.adc-e.uk",
+    "us-isof-": "csp.hci.ic.gov",
+}
+
+# Status -> error class and the opening words that users of 0.1 know; 5xx and the rest below.
+_REFUSALS: dict[int, tuple[type[S3CacheError], str]] = {
+    401: (AccessDeniedError, "Access denied"),
+    403: (AccessDeniedError, "Access denied"),
+    404: (NotFoundError, "not found or inaccessible"),
+    405: (NotFoundError, "not found or inaccessible"),
+    410: (NotFoundError, "not found or inaccessible"),
+    412: (IntegrityError, "Object changed"),
+    416: (IntegrityError, "Range refused"),
+}
+_S3_CODES = {401: "AccessDenied", 403: "AccessDenied", 404: "NoSuchKey", 405: "MethodNotAllowed"}
+_THROTTLED = frozenset(
+    "SlowDown Throttling ThrottlingException ThrottledException RequestThrottled "
+    "TooManyRequestsException RequestLimitExceeded BandwidthLimitExceeded "
+    "PriorRequestNotComplete RequestThrottledException".split()
+)
+_HINTS = {
+    "AccessDenied": "Missing, or not public: without permission to list, S3 says 403 for a missing"
+    " key, too. For private data install boto3 and set up credentials",
+    "NoSuchBucket": "Check the bucket's name and the endpoint",
+    "InvalidObjectState": "The object is archived: restore it first",
+    "PermanentRedirect": "Set AWS_REGION to the bucket's region",
+}
+
+
+def _quote(text: str, safe: frozenset[str] = _UNRESERVED) -> str:
+    """Percent-encode as botocore does (``quote(text, safe="/-._~")``), without its imports."""
+    if safe.issuperset(text):
+        return text
+    return "".join(
+        chr(byte) if byte < 128 and chr(byte) in safe else f"%{byte:02X}" for byte in text.encode()
+    )
+
+
+def _check_key(key: str) -> None:
+    """Refuse, before anything is sent or written, a key that cannot exist."""
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"Not a valid S3 key: lone surrogate in {key[:80]!r}") from None
+    if size > 1024:
+        raise ValueError(f"Not a valid S3 key: {size} bytes, S3 allows 1,024: {key[:80]!r}…")
+    if "\0" in key:
+        raise ValueError(f"Not a valid S3 key: NUL in {key[:80]!r}")
+
+
+class _Place:
+    """Where a request goes: origin, request target, and what to log in as."""
+
+    __slots__ = ("auth", "origin", "target")
+
+    def __init__(self, origin: Origin, target: str, auth: str | None = None) -> None:
+        self.origin, self.target, self.auth = origin, target, auth
+
+    @property
+    def netloc(self) -> str:
+        scheme, host, port = self.origin
+        shown = f"[{host}]" if ":" in host else host
+        return shown if port == {"http": 80, "https": 443}[scheme] else f"{shown}:{port}"
+
+    def __str__(self) -> str:
+        return f"{self.origin[0]}://{self.netloc}{self.target.partition('?')[0]}"
+
+
+@lru_cache(maxsize=256)
+def _place(url: str) -> _Place:
+    """Parse an http(s) URL; user and password are split off before anything can resolve them."""
+    scheme, authority, path, rest = _split_http(url)
+    scheme = scheme[:-3].lower()
+    userinfo, at, host = authority.rpartition("@")
+    bad = ValueError(f"Not a valid URL: {_redact(url)!r}")
+    if scheme not in ("http", "https"):
+        raise bad
+    name, colon, port = host.rpartition(":")
+    if not colon or host.endswith("]"):
+        name, port = host, ""
+    name = name.strip("[]")
+    try:
+        name = name if name.isascii() else name.encode("idna").decode("ascii")
+        number = int(port) if port else {"http": 80, "https": 443}[scheme]
+        target = _quote((path or "/") + rest.partition("#")[0], _TARGET)
+    except ValueError:  # UnicodeError is one
+        raise bad from None
+    if not name or not _HOST.issuperset(name) or not 0 < number < 65536:
+        raise bad
+    return _Place((scheme, name.lower(), number), target, _basic(userinfo) if at else None)
+
+
+def _basic(userinfo: str) -> str:
+    """Return the Authorization header for ``user:password`` of a URL (RFC 7617)."""
+    from base64 import b64encode
+    from urllib.parse import unquote_to_bytes
+
+    return "Basic " + b64encode(unquote_to_bytes(userinfo)).decode("ascii")
+
+
+def _is_region(name: str) -> bool:
+    """Tell whether a region may become part of a host name: one label (RFC 1123, 2.1)."""
+    return 0 < len(name) < 64 and name.replace("-", "a").isalnum() and name.isascii()
+
+
+def _dns_suffix(region: str) -> str:
+    """Return the domain of a region's partition."""
+    return next((s for p, s in _PARTITIONS.items() if region.startswith(p)), "amazonaws.com")
+
+
+def _aws_place(bucket: str, key: str, region: str, query: str) -> _Place:
+    """Return where AWS keeps an object: virtual-hosted, or path style where TLS cannot cover it."""
+    suffix = _dns_suffix(region)
+    virtual = (
+        3 <= len(bucket) <= 63 and not set("._").intersection(bucket) and bucket == bucket.lower()
+    )
+    virtual = virtual and bucket[0] != "-" != bucket[-1]
+    host = "s3" if region in ("", "us-east-1", "aws-global") else f"s3.{region}"
+    host = f"{bucket}.{host}.{suffix}" if virtual else f"{host}.{suffix}"
+    path = _quote(key) if virtual else f"{bucket}/{_quote(key)}"
+    return _Place(("https", host, 443), f"/{path}{query}")
+
+
+def _digits(text: str) -> int | None:
+    """Return a decimal number of plain ASCII digits, as RFC 9110 writes sizes."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
+def _content_length(headers: dict[str, str]) -> int | None:
+    """Return Content-Length; repeated it must agree with itself (RFC 9110, 8.6)."""
+    raw = headers.get("content-length")
+    if raw is None:
+        return None
+    sizes = {_digits(part.strip()) for part in raw.split(",")}
+    size = sizes.pop()
+    if sizes or size is None:
+        raise TransferError(f"Malformed answer: Content-Length {_printable(raw[:80])!r}")
+    return size
+
+
+def _content_range(headers: dict[str, str]) -> tuple[int, int, int] | None:
+    """Return (start, stop, total) of a Content-Range, stop exclusive; None if it is not exact."""
+    unit, _, span = headers.get("content-range", "").partition(" ")
+    part, _, total = span.strip().partition("/")
+    first, dash, last = part.partition("-")
+    numbers = _digits(first), _digits(last), _digits(total)
+    if unit.lower() != "bytes" or not dash or None in numbers:
+        return None
+    start, end, size = numbers
+    return (start, end + 1, size) if start <= end < size else None  # type: ignore[operator,return-value]
+
+
+def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
+    """Return status, headers by lower-case name, and whether the peer speaks HTTP/1.1."""
+    lines = head.decode("latin-1").split("\r\n")
+    version, _, rest = lines[0].partition(" ")
+    status = _digits(rest[:3])
+    if version not in ("HTTP/1.1", "HTTP/1.0") or status is None or rest[3:4] not in ("", " "):
+        raise TransferError("Malformed answer: not HTTP/1.x", retry="soon")
+    headers: dict[str, str] = {}
+    for line in lines[1:]:
+        name, colon, value = line.partition(":")
+        # Folded lines and spaces before the colon smuggle headers (RFC 9112, 5.1 and 5.2); a lone
+        # CR, LF or NUL in a value would do so when we send an ETag back.
+        if not colon or not name or name != name.strip() or not _clean(value):
+            raise TransferError(f"Malformed answer: header {_printable(line[:80])!r}")
+        name, value = name.lower(), value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return status, headers, version == "HTTP/1.1"
+
+
+def _clean(value: str) -> bool:
+    """Tell whether a header value is free of control characters."""
+    return value.isprintable() or not any(c < " " and c != "\t" or c == "\x7f" for c in value)
+
+
+def _etag(headers: dict[str, str]) -> str | None:
+    """Return the ETag header if it is one usable tag (RFC 9110, 8.8.3), else None.
+
+    Unquoted ones are met in the wild and are taken as they are; repeated or overlong ones are not.
+    """
+    tag = headers.get("etag", "")
+    bare = tag[2:] if tag.startswith("W/") else tag
+    bare = bare[1:-1] if len(bare) > 1 and bare[0] == bare[-1] == '"' else bare
+    usable = len(bare) > 0 and '"' not in bare and ", " not in bare and len(tag.encode()) <= 80
+    return tag if usable else None
+
+
+def _is_strong(etag: str | None) -> bool:
+    """Tell whether ranges may be joined by this tag (RFC 9110, 8.8.3.2)."""
+    return etag is not None and not etag.startswith("W/")
+
+
+def _parse_date(text: str) -> float | None:
+    """Return an HTTP date as seconds since the epoch, or None."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
+def _retry_after(headers: dict[str, str], now: float) -> float | None:
+    """Return the seconds that the server asks us to wait (RFC 9110, 10.2.3)."""
+    millis = _digits(headers.get("x-amz-retry-after", ""))
+    if millis is not None:
+        return millis / 1000
+    raw = headers.get("retry-after", "")
+    seconds = _digits(raw)
+    if seconds is not None or not raw:
+        return seconds
+    date = _parse_date(raw)
+    return None if date is None else max(0.0, date - now)
+
+
+def _retry_delay(
+    kind: str, attempt: int, elapsed: float, asked: float | None, chance: float
+) -> float | None:
+    """Decide on a retry: seconds to wait before it, or None to give up.
+
+    ``kind`` is how the failure looks: "no", "once", "soon" or "slow" (throttled); ``attempt`` and
+    ``elapsed`` count from the last progress; ``asked`` is Retry-After; ``chance`` is in [0, 1).
+    """
+    if kind == "no" or attempt >= (1 if kind == "once" else _RETRIES):
+        return None
+    base = _RETRY_BASE_THROTTLED if kind == "slow" else _RETRY_BASE
+    delay = chance * min(_RETRY_CAP, base * 2**attempt) if asked is None else asked
+    return delay if elapsed + delay <= _RETRY_TOTAL else None
+
+
+def _retry_kind(status: int, code: str | None) -> str:
+    """Return how to retry an answer: S3's retryable codes, 408, 429 and the 5xx that pass."""
+    if status in (429, 503) or code in _THROTTLED:
+        return "slow"
+    return "soon" if status in (408, 500, 502, 504) or code == "RequestTimeout" else "no"
+
+
+def _parse_xml(data: bytes, wanted: frozenset[str]) -> list[tuple[str, str]]:
+    """Return (name, text) of the wanted elements in document order, the root first.
+
+    Raises ValueError for anything but well-formed XML without a DTD: entities are how XML bombs
+    and file inclusion work, and S3 sends none.
+    """
+    from xml.parsers import expat
+
+    found: list[tuple[str, str]] = []
+    text: list[str] = []
+
+    def start(name: str, _: object) -> None:
+        text.clear()
+        if not found:
+            found.append((name.rpartition(":")[2], ""))
+
+    def end(name: str) -> None:
+        name = name.rpartition(":")[2]
+        if name in wanted:
+            found.append((name, "".join(text)))
+        text.clear()
+
+    def doctype(*_: object) -> None:
+        raise ValueError("XML with a DTD")
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = text.append, doctype
+    try:
+        parser.Parse(data, True)
+    except expat.ExpatError as error:
+        raise ValueError(f"invalid XML: {error}") from None
+    return found
+
+
+def _parse_error(body: bytes) -> dict[str, str]:
+    """Return Code, Message and Region of an S3 error body; empty if it is not one."""
+    try:
+        found = _parse_xml(body, frozenset(("Code", "Message", "Region")))
+    except (ValueError, LookupError):
+        return {}
+    return dict(found[1:]) if found and found[0][0] == "Error" else {}
+
+
+class _Key:
+    """One object of a listing."""
+
+    __slots__ = ("etag", "key", "size")
+
+    def __init__(self, key: str, etag: str | None, size: int) -> None:
+        self.key, self.etag, self.size = key, etag, size
+
+
+def _parse_listing(body: bytes) -> tuple[list[_Key], str | None]:
+    """Return the objects of one ListObjectsV2 page and the token of the next.
+
+    Keys are decoded with unquote_plus, as botocore does, and only if the page says that it is
+    encoded. Raises ValueError for anything else: S3 may say 200 and send an error.
+    """
+    from urllib.parse import unquote_plus
+
+    wanted = "Key ETag Size Contents EncodingType IsTruncated NextContinuationToken Prefix"
+    found = _parse_xml(body, frozenset(wanted.split()))
+    if not found or found[0][0] != "ListBucketResult":
+        raise ValueError("not a listing")
+    once = {name: text for name, text in found if name not in ("Key", "ETag", "Size", "Contents")}
+    decode = unquote_plus if once.get("EncodingType") == "url" else str
+    keys: list[_Key] = []
+    item: dict[str, str] = {}
+    for name, text in found:
+        item[name] = text
+        if name == "Contents":
+            size = _digits(item.get("Size", ""))
+            if "Key" not in item or size is None:
+                raise ValueError("a listing with an entry that has no key or size")
+            keys.append(_Key(decode(item["Key"]), _etag({"etag": item.get("ETag", "")}), size))
+            item = {}
+    more = once.get("IsTruncated") == "true"
+    token = once.get("NextContinuationToken")
+    if more and not token:
+        raise ValueError("a truncated listing without a token")
+    return keys, token if more else None
+
+
+class _Answer:
+    """What a source gives back: status, ETag, sizes, headers, and a body to read.
+
+    ``start`` and ``stop`` say which bytes of the object the body holds, ``total`` how many the
+    object has; both are None while nobody knows.
+    """
+
+    __slots__ = ("body", "etag", "headers", "start", "status", "stop", "total")
+
+    def __init__(self, status: int, headers: dict[str, str], body: Reader) -> None:
+        self.status, self.headers, self.body = status, headers, body
+        self.etag = _etag(headers)
+        self.start, self.stop, self.total = 0, None, None  # type: int, int | None, int | None
+        if status == 206:
+            span = _content_range(headers)
+            if span is None:
+                raise TransferError("Malformed answer: 206 without an exact Content-Range")
+            self.start, self.stop, self.total = span
+        elif status == 200:
+            self.stop = self.total = _content_length(headers)
+
+    @property
+    def whole(self) -> bool:
+        return self.start == 0 and self.total is not None and self.stop == self.total
+
+    @property
+    def modified(self) -> str:
+        return self.headers.get("last-modified", "")
+
+
+def _judge(answer: _Answer, sent: bool, same: bool, asked: int) -> str:
+    """Decide what the first answer means, before a byte of its body is read.
+
+    ``sent`` says that the request carried a validator, ``same`` that the answer's validator is the
+    one we hold, ``asked`` how many bytes the range spanned. Returns
+
+    - "unchanged": 304 to a condition of ours, or the very ETag that we hold;
+    - "whole": the body is the object and fits in memory;
+    - "parts": a strong ETag pins further ranges;
+    - "stream": one long body, by Content-Length, chunks or the end of the connection;
+    - "again": ask without range and conditions (416 of an empty object, a part nothing can pin).
+    """
+    if answer.status == 304:
+        if not sent:
+            raise TransferError("Malformed answer: 304 to an unconditional request", status=304)
+        return "unchanged"
+    if answer.status == 416:
+        return "again"
+    if same:
+        return "unchanged"
+    if answer.status == 206 and (answer.start, answer.stop) != (0, min(asked, answer.total or 0)):
+        raise TransferError("Malformed answer: not the range that was asked for")
+    if answer.whole and answer.total is not None and answer.total <= asked:
+        return "whole"
+    if _is_strong(answer.etag) and answer.total is not None:
+        return "parts"
+    return "again" if answer.status == 206 else "stream"
+
+
+# ==== 5 Transport =================================================================================
+# The only section that opens sockets; only errors of ours leave it. A small HTTP/1.1 client of our
+# own over ``socket``: ``http.client`` hands out short bodies in silence, mistakes chunk framing for
+# data, takes the first of two lengths and has no deadline for dripping headers, and ``urllib`` adds
+# redirects that leak credentials; guarding all that is longer than what we need of HTTP, and slower.
+
+
+class _Stop:
+    """A switch that ends the transfers of a call at once, whatever their servers do."""
+
+    def __init__(self, parent: _Stop | None = None) -> None:
+        self.event = threading.Event()
+        self._held: set[_Connection | _Stop] = set()
+        if parent:
+            parent.hold(self)
+
+    def hold(self, what: _Connection | _Stop) -> None:
+        self._held.add(what)
+        self.check()
+
+    def drop(self, what: _Connection | _Stop) -> None:
+        self._held.discard(what)
+
+    def check(self) -> None:
+        if self.event.is_set():
+            raise TransferError("Stopped")
+
+    def stop(self) -> None:
+        self.event.set()
+        for what in tuple(self._held):
+            what.stop()
+
+
+class _Connection:
+    """One socket, what was read of it too far, and the pool's notes about it."""
+
+    __slots__ = (
+        "data",
+        "idle_since",
+        "key",
+        "reused",
+        "slow_bytes",
+        "slow_since",
+        "sock",
+        "switch",
+    )
+
+    def __init__(self, sock: Socket, key: tuple[Any, ...]) -> None:
+        self.sock, self.key, self.data, self.reused = sock, key, b"", False
+        self.idle_since = self.slow_since = time.monotonic()
+        self.slow_bytes = 0
+        self.switch: _Stop | None = None
+
+    def stop(self) -> None:
+        """Wake whoever waits on the socket, from another thread."""
+        import socket
+
+        try:  # not SSLSocket's own: it lets the reader go on with the bytes below TLS
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        if self.switch:
+            self.switch.drop(self)
+        _POOL.forget(self)
+        self.sock.close()
+
+    def release(self) -> None:
+        """Give the connection back after a complete answer."""
+        if self.switch:
+            self.switch.drop(self)
+            self.switch = None
+        if self.data:  # more than was announced: whatever it is, it answers no request of ours
+            self.close()
+        else:
+            _POOL.give(self)
+
+    def receive(self, deadline: float) -> bytes:
+        """Return what comes next before the deadline; b"" at the end of the connection."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        if left >= _STALL_TIMEOUT:
+            return self.sock.recv(65536)
+        self.sock.settimeout(left)
+        try:
+            return self.sock.recv(65536)
+        finally:
+            self.sock.settimeout(_STALL_TIMEOUT)
+
+    def until(self, mark: bytes, deadline: float) -> bytes:
+        """Return what stands before the next mark, which is consumed."""
+        data, self.data = self.data, b""
+        at = data.find(mark)
+        while at < 0:
+            if len(data) > _HEAD_LIMIT:
+                raise TransferError("Malformed answer: endless headers")
+            more = self.receive(deadline)
+            if not more:
+                if data:
+                    raise TransferError("Connection lost in the headers", retry="soon")
+                raise ConnectionResetError(errno.ECONNRESET, "closed before the answer")
+            at = (data + more).find(mark, max(0, len(data) - 3))
+            data += more
+        self.data = data[at + len(mark) :]
+        return data[:at]
+
+    def take(self, view: memoryview) -> int:
+        """Fill a part of view; 0 at the end of the connection."""
+        if self.data:
+            size = min(len(view), len(self.data))
+            view[:size] = self.data[:size]
+            self.data = self.data[size:]
+            return size
+        size = self.sock.recv_into(view)
+        self.slow_bytes += size
+        now = time.monotonic()
+        if now - self.slow_since > _SLOW_WINDOW:
+            if self.slow_bytes < _SLOW_RATE * _SLOW_WINDOW:
+                raise TimeoutError
+            self.slow_since, self.slow_bytes = now, 0
+        return size
+
+
+class _Pool:
+    """Connections that wait for their next request, last in first out, for all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[_Connection] = []
+        self._all: set[_Connection] = set()
+
+    def add(self, connection: _Connection) -> None:
+        self._all.add(connection)
+
+    def forget(self, connection: _Connection) -> None:
+        self._all.discard(connection)
+
+    def take(self, key: tuple[Any, ...]) -> _Connection | None:
+        """Return the connection used last for this key, if it is young enough."""
+        now = time.monotonic()
+        found: _Connection | None = None
+        with self._lock:
+            for at in range(len(self._idle) - 1, -1, -1):
+                if self._idle[at].key == key:
+                    found = self._idle.pop(at)
+                    break
+        if found and now - found.idle_since > _IDLE_SECONDS:
+            found.close()
+            return self.take(key)
+        return found
+
+    def give(self, connection: _Connection) -> None:
+        connection.idle_since, connection.reused = time.monotonic(), True
+        with self._lock:
+            self._idle.append(connection)
+            old = self._idle[0].idle_since < connection.idle_since - _IDLE_SECONDS
+            excess = self._idle.pop(0) if old or len(self._idle) > _IDLE_CONNECTIONS else None
+        if excess:
+            excess.close()
+
+    def clear(self) -> None:
+        """Close what is idle."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def after_fork(self) -> None:
+        """Close, in the child, every socket of the parent; not shut down: the parent uses them."""
+        for connection in self._all:
+            connection.sock.close()
+        self.__init__()  # type: ignore[misc]
+
+
+_POOL = _Pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _POOL.after_fork())
+
+
+def _first_env(*names: str) -> str:
+    """Return the first of these variables that is set and not empty."""
+    for name in names:
+        value = os.environ.get(name)
+        if value:
+            return value
+    return ""
+
+
+def _ca_settings() -> tuple[str, str, str]:
+    """Return what decides whom TLS trusts."""
+    bundle = _first_env("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
+    return bundle, os.environ.get("SSL_CERT_FILE", ""), os.environ.get("SSL_CERT_DIR", "")
+
+
+@lru_cache(maxsize=8)
+def _tls_context(settings: tuple[str, str, str]) -> ssl.SSLContext:
+    """Make a TLS context once per setting: loading a bundle takes 10 to 30 ms."""
+    import ssl
+
+    bundle = settings[0] or settings[1]
+    where: Any = {"capath" if os.path.isdir(bundle) else "cafile": bundle} if bundle else {}
+    try:
+        context = ssl.create_default_context(**where)  # SSL_CERT_DIR is OpenSSL's own business
+    except OSError as error:
+        hint = "Check AWS_CA_BUNDLE, REQUESTS_CA_BUNDLE and SSL_CERT_FILE"
+        message = f"Cannot load the CA bundle {bundle}: {error.strerror or 'no certificate in it'}"
+        raise TransferError(message, hint=hint) from None
+    context.options &= ~0x80  # OP_IGNORE_UNEXPECTED_EOF, which 3.9 sets: a cut would be an end
+    return context
+
+
+def _proxy(origin: Origin) -> _Place | None:
+    """Return the proxy for this origin, by the rules of ``urllib.request``."""
+    scheme, host, port = origin
+    names = f"{scheme}_proxy", f"{scheme.upper()}_PROXY", "all_proxy", "ALL_PROXY"
+    if not _first_env(*names) and sys.platform not in ("darwin", "win32"):
+        return None
+    from urllib.request import getproxies, proxy_bypass
+
+    proxies = getproxies()
+    url = proxies.get(scheme) or proxies.get("all")
+    if not url or proxy_bypass(f"{host}:{port}"):
+        return None
+    try:
+        place = _place(url if "://" in url else f"http://{url}")
+    except ValueError:
+        raise TransferError(f"Unusable proxy setting: {_redact(url)}") from None
+    if place.origin[0] != "http":
+        raise TransferError(f"Unsupported proxy: {place}", hint="Use an http:// proxy")
+    return place
+
+
+def _dial(origin: Origin, deadline: float) -> Socket:
+    """Connect to the first address of a host that answers."""
+    import encodings.idna  # noqa: F401  getaddrinfo imports it: too late when files run out
+    import socket
+
+    last: OSError = OSError(errno.EHOSTUNREACH, "no address")
+    for family, kind, proto, _, address in socket.getaddrinfo(*origin[1:], 0, socket.SOCK_STREAM):
+        left = min(_CONNECT_TIMEOUT, deadline - time.monotonic())
+        if left <= 0:
+            raise TimeoutError
+        sock = socket.socket(family, kind, proto)
+        try:
+            sock.settimeout(left)
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except OSError as error:
+            sock.close()
+            last = error
+        except BaseException:
+            sock.close()
+            raise
+    raise last
+
+
+def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None:
+    """Ask the proxy for a tunnel (RFC 9110, 9.3.6)."""
+    host = f"[{place.origin[1]}]" if ":" in place.origin[1] else place.origin[1]
+    login = f"Proxy-Authorization: {proxy.auth}\r\n" if proxy.auth else ""
+    target = f"{host}:{place.origin[2]}"
+    sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{login}\r\n".encode("latin-1"))
+    wire = _Connection(sock, ())
+    status, _, _ = _parse_head(wire.until(b"\r\n\r\n", deadline))
+    if status != 200 or wire.data:
+        kind = _retry_kind(status, None)
+        raise TransferError(f"Proxy {proxy} refuses a tunnel", status=status, retry=kind)
+
+
+def _connect(place: _Place, proxy: _Place | None, key: tuple[Any, ...]) -> _Connection:
+    """Open a connection, through a proxy and TLS where needed."""
+    deadline = time.monotonic() + _CONNECT_TOTAL
+    sock = _dial((proxy or place).origin, deadline)
+    try:
+        if place.origin[0] == "https":
+            if proxy:
+                _tunnel(sock, place, proxy, deadline)
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            # Without close_notify a cut connection looks like an end: ragged ends are errors.
+            sock = _tls_context(_ca_settings()).wrap_socket(
+                sock, server_hostname=place.origin[1], suppress_ragged_eofs=False
+            )
+        sock.settimeout(_STALL_TIMEOUT)
+    except BaseException:
+        sock.close()
+        raise
+    connection = _Connection(sock, key)
+    _POOL.add(connection)
+    return connection
+
+
+def _timed_out(error: Exception) -> bool:
+    return isinstance(error, TimeoutError) or type(error).__name__ == "timeout"  # 3.9's
+
+
+def _wire_error(error: Exception, place: _Place) -> S3CacheError:
+    """Return the error of ours for what went wrong on a socket: likely cause and next step."""
+    import socket
+
+    if isinstance(error, S3CacheError):
+        error.uri = error.uri or str(place)
+        return error
+    where = f"{place.origin[1]}:{place.origin[2]}"
+    number = getattr(error, "errno", None)
+    if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+        message = f"Cannot open a connection: {os.strerror(number)}"
+        return CacheError(message, uri=str(place), errno=number, hint="Raise `ulimit -n`")
+    make = partial(TransferError, uri=str(place), errno=number)
+    if isinstance(error, socket.gaierror):
+        again = number == socket.EAI_AGAIN
+        hint = "Check the name, the endpoint and the network"
+        return make(
+            f"Cannot resolve {place.origin[1]}", retry="soon" if again else "once", hint=hint
+        )
+    if _timed_out(error):
+        return make(f"Timed out waiting for {where}", retry="soon", errno=errno.ETIMEDOUT)
+    if type(error).__name__ == "SSLCertVerificationError":
+        hint = "Behind a company proxy, set AWS_CA_BUNDLE or SSL_CERT_FILE to its CA bundle"
+        reason = getattr(error, "verify_message", "")
+        return make(f"Cannot trust the certificate of {where}: {reason}", hint=hint)
+    reason = os.strerror(number) if number and number > 0 and os.name == "posix" else str(error)
+    return make(f"Connection to {where} failed: {_printable(reason)}", retry="soon")
+
+
+class _Body:
+    """The body of one answer. Exact: a body cut short is an error, and one too long is dropped."""
+
+    __slots__ = ("chunked", "connection", "keep", "left", "place")
+
+    def __init__(
+        self, connection: _Connection, left: int | None, chunked: bool, keep: bool, place: _Place
+    ) -> None:
+        self.connection: _Connection | None = connection
+        self.left, self.chunked, self.keep, self.place = left, chunked, keep, place
+        connection.slow_since, connection.slow_bytes = time.monotonic(), 0
+        if left == 0:
+            self._end()
+
+    def _end(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection:
+            connection.release() if self.keep else connection.close()
+
+    def close(self) -> None:
+        """Leave the body; what was not read takes its connection with it."""
+        connection, self.connection = self.connection, None
+        if connection:
+            connection.close()
+
+    def _next_chunk(self, connection: _Connection) -> int:
+        """Read a chunk's size line, and after the last chunk the trailers (RFC 9112, 7.1)."""
+        deadline = time.monotonic() + _HEAD_TIMEOUT
+        if self.left == 0 and connection.until(b"\r\n", deadline):
+            raise TransferError("Malformed answer: chunk framing")
+        line = connection.until(b"\r\n", deadline).partition(b";")[0].strip()
+        if not line or not _HEX.issuperset(line.decode("latin-1").lower()) or len(line) > 15:
+            raise TransferError("Malformed answer: chunk framing")
+        size = int(line, 16)
+        if size == 0:
+            for _ in range(100):
+                if not connection.until(b"\r\n", deadline):
+                    self._end()
+                    return 0
+            raise TransferError("Malformed answer: endless trailers")
+        return size
+
+    def readinto(self, view: memoryview) -> int:
+        """Fill a part of view; 0 at the end of the body.
+
+        Raises TransferError if the connection ends, stalls or crawls before the body is whole.
+        """
+        connection = self.connection
+        if connection is None:
+            return 0
+        try:
+            if self.chunked and not self.left:
+                self.left = self._next_chunk(connection)
+                if not self.left:
+                    return 0
+            size = connection.take(view if self.left is None else view[: self.left])
+            if size == 0:
+                if self.left is None:
+                    self._end()
+                    return 0
+                raise TransferError(
+                    f"Connection to {self.place.netloc} lost: body cut short", retry="soon"
+                )
+        except Exception as error:
+            self.close()
+            raise _wire_error(error, self.place) from None
+        except BaseException:
+            self.close()
+            raise
+        if self.left is not None:
+            self.left -= size
+            if self.left == 0 and not self.chunked:
+                self._end()
+        return size
+
+
+def _read_up_to(body: Reader, limit: int) -> bytes:
+    """Return at most limit bytes of a body, and leave it."""
+    data, view = bytearray(), memoryview(bytearray(65536))
+    try:
+        while len(data) < limit:
+            size = body.readinto(view)
+            if not size:
+                break
+            data += view[:size]
+    finally:
+        body.close()
+    return bytes(data[:limit])
+
+
+def _framing(method: str, status: int, headers: dict[str, str]) -> tuple[int | None, bool]:
+    """Return (length, chunked) of a body (RFC 9112, 6.3); (None, False) ends with the connection."""
+    length = _content_length(headers)
+    if method == "HEAD" or status in (204, 304):
+        return 0, False
+    coding = headers.get("transfer-encoding")
+    if coding is None:
+        return length, False
+    if coding.lower() != "chunked":
+        raise TransferError(f"Malformed answer: Transfer-Encoding {_printable(coding[:80])!r}")
+    headers.pop("content-length", None)
+    return None, True
+
+
+def _converse(
+    connection: _Connection, place: _Place, method: str, request: bytes
+) -> tuple[int, dict[str, str], _Body]:
+    """Send a request on a connection and read the head of its answer."""
+    connection.sock.sendall(request)
+    deadline = time.monotonic() + _HEAD_TIMEOUT
+    for _ in range(10):  # informational answers (RFC 9110, 15.2); nobody sends more than one or two
+        status, headers, modern = _parse_head(connection.until(b"\r\n\r\n", deadline))
+        if status >= 200:
+            break
+    else:
+        raise TransferError("Malformed answer: endless 1xx")
+    both = "transfer-encoding" in headers and "content-length" in headers  # RFC 9112, 6.1
+    left, chunked = _framing(method, status, headers)
+    says = headers.get("connection", "").lower()
+    keep = "close" not in says if modern else "keep-alive" in says
+    keep = keep and not both and (chunked or left is not None)
+    return status, headers, _Body(connection, left, chunked, keep, place)
+
+
+def _request(
+    place: _Place, fields: str = "", *, method: str = "GET", switch: _Stop | None = None
+) -> tuple[int, dict[str, str], _Body]:
+    """Send one request, on a kept connection if there is one, and return the answer.
+
+    A kept connection may be dead and not know it: that costs one attempt on a new one, no retry.
+    """
+    key: tuple[Any, ...] = ()
+    try:
+        proxy = _proxy(place.origin)
+        target, login = place.target, place.auth and f"Authorization: {place.auth}\r\n"
+        if proxy and place.origin[0] == "http":
+            target = f"http://{place.netloc}{target}"
+            login = (login or "") + (f"Proxy-Authorization: {proxy.auth}\r\n" * bool(proxy.auth))
+        key = (place.origin, proxy and (proxy.origin, proxy.auth))
+        if place.origin[0] == "https":
+            key += (_ca_settings(),)
+        request = (
+            f"{method} {target} HTTP/1.1\r\nHost: {place.netloc}\r\n"
+            f"User-Agent: aind-s3-cache/{__version__}\r\nAccept: */*\r\n"
+            f"Accept-Encoding: identity\r\n{login or ''}{fields}\r\n"
+        ).encode("latin-1")
+        connection = _POOL.take(key)
+        while True:
+            connection = connection or _connect(place, proxy, key)
+            reused, connection.switch = connection.reused, switch
+            try:
+                if switch:
+                    switch.hold(connection)
+                return _converse(connection, place, method, request)
+            except OSError as error:
+                connection.close()
+                if not reused or _timed_out(error) or isinstance(error, S3CacheError):
+                    raise
+                connection = None
+            except BaseException:
+                connection.close()
+                raise
+    except Exception as error:
+        if switch:
+            switch.check()
+        raise _wire_error(error, place) from None
+
+
+def _redirected(place: _Place, location: str) -> _Place:
+    """Return where a redirect leads, or refuse it: http(s) only, and never from https to http."""
+    from urllib.parse import urljoin
+
+    scheme = place.origin[0]
+    base = f"{scheme}://{place.netloc}{place.target}"
+    location = urljoin(base, location.encode("latin-1").decode("utf-8", "replace"))
+    try:
+        new = _place(location)
+    except ValueError:
+        raise TransferError(f"Refused a redirect to {_redact(location)}", uri=str(place)) from None
+    if (scheme, new.origin[0]) == ("https", "http"):
+        raise TransferError("Refused a redirect from https to http", uri=str(place))
+    auth = place.auth if new.origin == place.origin else None
+    return _Place(new.origin, new.target, auth)
+
+
+def _request_following(
+    place: _Place, fields: str, switch: _Stop | None
+) -> tuple[int, dict[str, str], _Body]:
+    """Send a GET and follow its redirects; bodies of redirects are never read."""
+    for _ in range(_REDIRECTS + 1):
+        status, headers, body = _request(place, fields, switch=switch)
+        if status not in (301, 302, 303, 307, 308) or "location" not in headers:
+            return status, headers, body
+        body.close()
+        place = _redirected(place, headers["location"])
+    raise TransferError(f"More than {_REDIRECTS} redirects", uri=str(place))
+
+
+class _Quota:
+    """Retries of the whole process: when everything fails, stop hammering."""
+
+    def __init__(self) -> None:
+        self.tokens = _RETRY_TOKENS
+
+    def take(self) -> bool:
+        self.tokens -= 5
+        if self.tokens < 0:
+            self.tokens = 0
+            return False
+        return True
+
+    def give(self) -> None:
+        self.tokens = min(_RETRY_TOKENS, self.tokens + 1)
+
+
+_QUOTA = _Quota()
+
+
+class _Patience:
+    """A retry budget, refilled by progress; ``sleep`` and ``clock`` are arguments for tests."""
+
+    def __init__(
+        self,
+        switch: _Stop | None = None,
+        sleep: Callable[[float], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.switch, self.clock = switch, clock
+        self.sleep = sleep or (switch.event.wait if switch else time.sleep)
+        self.attempt, self.since = 0, clock()
+
+    def progress(self) -> None:
+        self.since = self.clock()
+        self.attempt = 0
+
+    def after(self, error: S3CacheError) -> None:
+        """Wait before the next attempt, or raise the error."""
+        chance = int.from_bytes(os.urandom(4), "big") / 2**32
+        elapsed = self.clock() - self.since
+        delay = _retry_delay(error._retry, self.attempt, elapsed, error._retry_after, chance)
+        if delay is None or not _QUOTA.take():
+            error.attempts = self.attempt + 1
+            raise error
+        self.attempt += 1
+        _log(_DEBUG, "retry %d in %.2f s: %s", self.attempt, delay, error)
+        self.sleep(delay)
+        if self.switch:
+            self.switch.check()
+
+
+# ==== 6 Sources ===================================================================================
+# Three senders and a file behind one ``read(start, stop, ...) -> _Answer``. 200, 206, 304, 412 and
+# 416 are answers; everything else is raised. The only section that names boto3.
+
+_REGIONS: dict[tuple[str, str], str] = {}  # (endpoint, bucket) -> region, learnt from redirects
+_SIGNED_BUCKETS: set[tuple[str, str]] = set()  # (endpoint, bucket) that refused us unsigned
+
+
+class _Source:
+    """What all sources have in common."""
+
+    what = "URL"
+    kind = "http"
+    signed = False  # what it brings must stay private
+    uri = ""
+    name = ""  # the object's own name, to be cleaned before it names a file
+    bucket = ""
+    place_id: tuple[str, ...] = ()  # everything that makes it this object and no other
+
+    def read(
+        self,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        if_match: str | None = None,
+        if_none_match: str | None = None,
+        if_modified_since: str | None = None,
+        switch: _Stop | None = None,
+    ) -> _Answer:
+        """Ask for bytes start to stop (exclusive), or for all, under conditions."""
+        raise NotImplementedError
+
+    def _answer(self, status: int, headers: dict[str, str], body: Reader) -> _Answer:
+        """Turn an answer into a value, or into the error that it is."""
+        if status not in (200, 206, 304, 412, 416):
+            raise self._error(status, headers, _read_up_to(body, _ERROR_LIMIT))
+        try:
+            return _Answer(status, headers, body)
+        except S3CacheError as error:
+            body.close()
+            error.uri = error.uri or _redact(self.uri)
+            raise
+
+    def _error(
+        self, status: int, headers: dict[str, str], body: bytes, code: str | None = None
+    ) -> S3CacheError:
+        """Return the error that an answer means, with the likely cause and the next step."""
+        cls, text = _REFUSALS.get(status, (S3CacheError, ""))
+        said = _parse_error(body) if self.kind == "s3" else {}
+        code = code or said.get("Code") or (_S3_CODES.get(status) if self.kind == "s3" else None)
+        retry = _retry_kind(status, code)
+        if status >= 500 or retry != "no":
+            cls = TransferError
+        hint = _HINTS.get(code or "", "")
+        if self.signed and code == "AccessDenied":
+            hint = "Missing, or these credentials may not read it"
+        elif status == 511:
+            hint = "The network wants a login first (captive portal)"
+        return cls(
+            f"{self.what} {text}" if text else f"{self.what}: the server failed or refused",
+            uri=self.uri,
+            status=status,
+            code=code and _printable(code[:80]),
+            hint=hint or None,
+            retry=retry,
+            retry_after=_retry_after(headers, time.time()),
+        )
+
+
+def _fields(
+    start: int | None,
+    stop: int | None,
+    if_match: str | None,
+    if_none_match: str | None,
+    if_modified_since: str | None,
+) -> str:
+    """Return the header fields of a conditional range request."""
+    fields = "" if start is None else f"Range: bytes={start}-{'' if stop is None else stop - 1}\r\n"
+    if if_match:
+        fields += f"If-Match: {if_match}\r\n"
+    if if_none_match:
+        fields += f"If-None-Match: {if_none_match}\r\n"
+    elif if_modified_since:
+        fields += f"If-Modified-Since: {if_modified_since}\r\n"
+    return fields
+
+
+class _HTTP(_Source):
+    """A file behind an http(s) URL."""
+
+    def __init__(self, url: str) -> None:
+        self.place = _place(url)
+        self.uri = _redact(url)
+        path = self.place.target.partition("?")[0]
+        from urllib.parse import unquote
+
+        self.name = unquote(path.rpartition("/")[2])
+        self.place_id = ("http", url.partition("#")[0])
+        # A password or a presigned query is a credential: what it brings is nobody else's.
+        self.signed = self.place.auth is not None or "?" in self.place.target
+
+    def read(
+        self,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        if_match: str | None = None,
+        if_none_match: str | None = None,
+        if_modified_since: str | None = None,
+        switch: _Stop | None = None,
+    ) -> _Answer:
+        fields = _fields(start, stop, if_match, if_none_match, if_modified_since)
+        return self._answer(*_request_following(self.place, fields, switch))
+
+
+def _endpoint() -> str:
+    """Return the configured S3 endpoint, "" for AWS (the SDKs' rules, without their files)."""
+    if os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
+        return ""
+    return _first_env("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL").rstrip("/")
+
+
+def _endpoint_id(endpoint: str) -> str:
+    """Return what tells one world of buckets from another: AWS's partitions, or the endpoint."""
+    host = endpoint.partition("://")[2].partition("/")[0].lower()
+    for suffix in ("amazonaws.com", *_PARTITIONS.values()):
+        if host.endswith("." + suffix):
+            return suffix
+    return endpoint.rstrip("/")
+
+
+class _S3(_Source):
+    """What unsigned and signed S3 share."""
+
+    what = "S3 object"
+    kind = "s3"
+
+    def __init__(self, bucket: str, key: str, version: str | None, endpoint: str) -> None:
+        self.bucket, self.key, self.version, self.endpoint = bucket, key, version, endpoint
+        self.uri = f"s3://{bucket}/{key}"
+        self.name = key.rstrip("/").rpartition("/")[2]
+        self.place_id = ("s3", _endpoint_id(endpoint), bucket, key, version or "")
+
+    def _answer(self, status: int, headers: dict[str, str], body: Reader) -> _Answer:
+        if status in (200, 206):
+            framed = "content-length" in headers or "transfer-encoding" in headers
+            if "etag" not in headers or not framed:
+                body.close()
+                hint = "A captive portal, a proxy or a wrong endpoint may have answered"
+                raise TransferError("Not an S3 answer: no ETag or length", uri=self.uri, hint=hint)
+        return super()._answer(status, headers, body)
+
+    def list_page(self, prefix: str, token: str | None) -> tuple[list[_Key], str | None]:
+        """Return a page of the objects below a prefix, and the token of the next."""
+        raise NotImplementedError
+
+    def child(self, key: str) -> _S3:
+        """Return the source of another object of the bucket, asked for in the same way."""
+        raise NotImplementedError
+
+
+class _Unsigned(_S3):
+    """S3 without credentials: path style on a configured endpoint, else AWS's own addressing."""
+
+    def __init__(self, bucket: str, key: str, version: str | None) -> None:
+        super().__init__(bucket, key, version, _endpoint())
+        if not self.endpoint:
+            region = _first_env("AWS_REGION", "AWS_DEFAULT_REGION")
+            self.place_id = ("s3", _dns_suffix(region), bucket, key, version or "")
+        if bucket.endswith("--x-s3"):
+            raise ValueError("Directory buckets need signed requests: use anonymous=False")
+
+    def _at(self, key: str, query: str) -> _Place:
+        """Return where an object, or with an empty key the bucket, is asked for."""
+        known = _REGIONS.get((self.endpoint, self.bucket))
+        if not self.endpoint:
+            region = known or _first_env("AWS_REGION", "AWS_DEFAULT_REGION")
+            return _aws_place(self.bucket, key, region if _is_region(region) else "", query)
+        base = _place(self.endpoint)
+        path = f"{base.target.rstrip('/')}/{self.bucket}/{_quote(key)}{query}"
+        return _Place(base.origin, path, base.auth)
+
+    def _region(self, status: int, headers: dict[str, str], body: bytes) -> str:
+        """Return the bucket's region that an answer tells; ask the bucket if it does not.
+
+        ``Location`` and ``<Endpoint>`` are never used: whoever controls them would control the host.
+        """
+        told = headers.get("x-amz-bucket-region") or _parse_error(body).get("Region", "")
+        if not told and status != 400:
+            _, headers, reply = _request(self._at("", ""), method="HEAD")
+            reply.close()
+            told = headers.get("x-amz-bucket-region", "")
+        return told if _is_region(told) else ""
+
+    def _ask(
+        self, key: str, query: str, fields: str, switch: _Stop | None
+    ) -> tuple[int, dict[str, str], Reader]:
+        """Send a GET; resend it once where the bucket's region is another than we thought."""
+        status, headers, body = _request(self._at(key, query), fields, switch=switch)
+        moved = status in (301, 302, 307, 308)
+        if not moved and not (status == 400 and "x-amz-bucket-region" in headers):
+            return status, headers, body
+        text = _read_up_to(body, _ERROR_LIMIT)
+        region = self._region(status, headers, text)
+        where = self.endpoint, self.bucket
+        if not region or (status == 400 and _REGIONS.get(where) == region):
+            raise self._error(status, headers, text, None if text else "PermanentRedirect")
+        _log(_DEBUG, "%s is in %s", self.bucket, region)
+        _REGIONS[where] = region
+        return _request(self._at(key, query), fields, switch=switch)
+
+    def read(
+        self,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        if_match: str | None = None,
+        if_none_match: str | None = None,
+        if_modified_since: str | None = None,
+        switch: _Stop | None = None,
+    ) -> _Answer:
+        fields = _fields(start, stop, if_match, if_none_match, if_modified_since)
+        query = f"?versionId={_quote(self.version, _BUCKET)}" if self.version else ""
+        fields += "x-amz-checksum-mode: ENABLED\r\n"
+        return self._answer(*self._ask(self.key, query, fields, switch))
+
+    def list_page(self, prefix: str, token: str | None) -> tuple[list[_Key], str | None]:
+        query = f"?list-type=2&encoding-type=url&prefix={_quote(prefix, _BUCKET)}"
+        if token:
+            query += f"&continuation-token={_quote(token, _BUCKET)}"
+        status, headers, body = self._ask("", query, "", None)
+        if status != 200:
+            raise self._error(status, headers, _read_up_to(body, _ERROR_LIMIT))
+        page = _read_up_to(body, _LIST_LIMIT + 1)
+        try:
+            if len(page) > _LIST_LIMIT:
+                raise ValueError("a page that does not end")
+            return _parse_listing(page)
+        except ValueError as error:  # S3 may send an error under 200: as good as a 500
+            message = f"Unusable listing: {_printable(str(error))}"
+            raise TransferError(message, uri=self.uri, retry="soon") from None
+
+    def child(self, key: str) -> _S3:
+        return _Unsigned(self.bucket, key, None)
+
+
+class _Stream:
+    """The body of a boto3 answer as a reader that raises errors of ours."""
+
+    def __init__(self, body: Any, source: _Signed) -> None:
+        self._body, self._source = body, source
+
+    def readinto(self, view: memoryview) -> int:
+        try:
+            data = self._body.read(len(view))
+        except Exception as error:
+            raise self._source.translated(error) from None
+        view[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._body.close()
+
+
+class _Nothing:
+    """The body of an answer that has none."""
+
+    def readinto(self, _: memoryview) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
+class _Signed(_S3):
+    """S3 through a boto3 client: it signs and sends, everything else stays ours."""
+
+    def __init__(self, client: Any, bucket: str, key: str, version: str | None) -> None:
+        meta = getattr(client, "meta", None)
+        super().__init__(bucket, key, version, str(getattr(meta, "endpoint_url", "")))
+        self.client = client
+        botocore = sys.modules.get("botocore")
+        version_of = getattr(getattr(meta, "config", None), "signature_version", None)
+        self.signed = botocore is None or version_of is not botocore.UNSIGNED
+
+    def translated(self, error: Exception) -> Exception:
+        """Return the error of ours for one of botocore's; NoCredentialsError stays what it is."""
+        said = getattr(error, "response", None)
+        if isinstance(said, dict):
+            meta = said.get("ResponseMetadata", {})
+            headers = {k.lower(): str(v) for k, v in meta.get("HTTPHeaders", {}).items()}
+            code = said.get("Error", {}).get("Code")
+            return self._error(meta.get("HTTPStatusCode", 0), headers, b"", code)
+        name = type(error).__name__
+        bases = {cls.__name__ for cls in type(error).__mro__}
+        if isinstance(error, S3CacheError) or "NoCredentialsError" in bases:
+            return error
+        if "FlexibleChecksumError" in bases:
+            return IntegrityError("The bytes do not match their checksum", uri=self.uri)
+        if bases & {"HTTPClientError", "IncompleteReadError", "ConnectionError", "TimeoutError"}:
+            retry = "no" if "SSLError" in bases else "soon"
+            return TransferError(f"boto3 could not reach S3 ({name})", uri=self.uri, retry=retry)
+        if "BotoCoreError" in bases:
+            return S3CacheError(f"boto3 refuses ({name}): {error}", uri=self.uri)
+        return error
+
+    def _call(self, operation: str, **kwargs: object) -> Any:
+        try:
+            return getattr(self.client, operation)(
+                **{name: value for name, value in kwargs.items() if value is not None}
+            )
+        except Exception as error:
+            translated = self.translated(error)
+            if translated is error:
+                raise
+            raise translated from None
+
+    def read(
+        self,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        if_match: str | None = None,
+        if_none_match: str | None = None,
+        if_modified_since: str | None = None,
+        switch: _Stop | None = None,
+    ) -> _Answer:
+        span = None if start is None else f"bytes={start}-{'' if stop is None else stop - 1}"
+        if switch:
+            switch.check()
+        try:
+            got = self._call(
+                "get_object",
+                Bucket=self.bucket,
+                Key=self.key,
+                VersionId=self.version,
+                Range=span,
+                IfMatch=if_match,
+                IfNoneMatch=if_none_match,
+                ChecksumMode="ENABLED" if span is None else None,
+            )
+        except S3CacheError as error:
+            if error.status in (304, 412, 416):
+                return _Answer(error.status, {}, _Nothing())
+            raise
+        meta = got.get("ResponseMetadata", {})
+        headers = {k.lower(): str(v) for k, v in meta.get("HTTPHeaders", {}).items()}
+        if "etag" not in headers and got.get("ETag"):
+            headers["etag"] = got["ETag"]
+        headers.setdefault("content-length", str(got.get("ContentLength", "")))
+        if got.get("ContentRange"):
+            headers["content-range"] = got["ContentRange"]
+        status = meta.get("HTTPStatusCode") or (206 if "content-range" in headers else 200)
+        return self._answer(status, headers, _Stream(got["Body"], self))
+
+    def list_page(self, prefix: str, token: str | None) -> tuple[list[_Key], str | None]:
+        page = self._call(
+            "list_objects_v2", Bucket=self.bucket, Prefix=prefix, ContinuationToken=token
+        )
+        found = page.get("Contents", ())
+        keys = [_Key(k["Key"], _etag({"etag": k.get("ETag", "")}), k["Size"]) for k in found]
+        return keys, page.get("NextContinuationToken") if page.get("IsTruncated") else None
+
+    def child(self, key: str) -> _S3:
+        return _Signed(self.client, self.bucket, key, None)
+
+
+class _File(_Source):
+    """A local file, read like the others."""
+
+    what, kind = "Local path", "local"
+
+    def __init__(self, path: str) -> None:
+        self.path = self.uri = path
+
+    def read(
+        self,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        if_match: str | None = None,
+        if_none_match: str | None = None,
+        if_modified_since: str | None = None,
+        switch: _Stop | None = None,
+    ) -> _Answer:
+        try:
+            file = open(self.path, "rb", buffering=0)
+        except FileNotFoundError:
+            raise NotFoundError(f"Local path not found: {_printable(self.path)}") from None
+        size = os.fstat(file.fileno()).st_size
+        if start is None:
+            return _Answer(200, {"content-length": str(size)}, file)
+        file.seek(start)
+        stop = size if stop is None else min(stop, size)
+        return _Answer(206, {"content-range": f"bytes {start}-{stop - 1}/{size}"}, file)
+
+
+_CLIENT_LOCK = threading.Lock()
+_CLIENTS: dict[tuple[tuple[str, str], ...], Any] = {}
+_NO_CREDENTIALS: dict[tuple[tuple[str, str], ...], float] = {}
+
+
+def _own_client(required: bool) -> Any:
+    """Return a boto3 client of our own for the present environment, made once.
+
+    Where signing is only a second try (not `required`), None without boto3 or credentials; that
+    there are none is remembered for a minute, since asking EC2 for them takes seconds elsewhere.
+    """
+    env = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    with _CLIENT_LOCK:
+        if not required and time.monotonic() - _NO_CREDENTIALS.get(env, -60.0) < 60.0:
+            return None
+        if env in _CLIENTS:
+            return _CLIENTS[env]
+        try:
+            import boto3.session
+            from botocore.config import Config
+        except ImportError:
+            if not required:
+                return None
+            raise MissingDependencyError(
+                "Signed access needs boto3",
+                hint='Run: pip install "aind-s3-cache[boto3]", or use anonymous=True',
+            ) from None
+        session = boto3.session.Session()
+        if session.get_credentials() is None and not required:
+            _NO_CREDENTIALS[env] = time.monotonic()
+            return None
+        config = Config(
+            retries={"total_max_attempts": 1},  # we retry, with what we know of the transfer
+            max_pool_connections=_IDLE_CONNECTIONS,
+            connect_timeout=_CONNECT_TIMEOUT,
+            read_timeout=_STALL_TIMEOUT,
+        )
+        region = _first_env("AWS_REGION", "AWS_DEFAULT_REGION") or None
+        client = session.client("s3", region_name=region, config=config)
+        if session.get_credentials() is not None:
+            _CLIENTS[env] = client
+        return client
+
+
+class _Access:
+    """Who asks: the caller's ``anonymous`` and ``s3_client``."""
+
+    def __init__(self, anonymous: bool | None = None, s3_client: Any = None) -> None:
+        self.anonymous, self.client = anonymous, s3_client
+
+    def sources(self, uri: str, version: str | None = None) -> Iterator[_Source]:
+        """Yield the sources to try for a URI: the next one is for a caller that was refused."""
+        scheme = _scheme(uri)
+        if version is not None and scheme != "s3":
+            raise ValueError("version_id is for s3:// objects")
+        if scheme in ("http", "https"):
+            yield _HTTP(uri)
+            return
+        if scheme != "s3":
+            yield _File(uri)
+            return
+        bucket, key = parse_s3_uri(uri)
+        _check_key(key)
+        if self.client is not None:
+            yield _Signed(self.client, bucket, key, version)
+            return
+        if self.anonymous is False:
+            yield _Signed(_own_client(True), bucket, key, version)
+            return
+        where = (_endpoint(), bucket)
+        if self.anonymous or where not in _SIGNED_BUCKETS:
+            yield _Unsigned(bucket, key, version)
+        client = None if self.anonymous else _own_client(False)
+        if client is not None:
+            yield _Signed(client, bucket, key, version)
+            _SIGNED_BUCKETS.add(where)
+
+    def attempt(self, uri: str, version: str | None, act: Callable[[_Source], T]) -> T:
+        """Act on the first source; where it is refused, on the next. Remember who was let in."""
+        sources = self.sources(uri, version)
+        source = next(sources)
+        while True:
+            try:
+                result = act(source)
+            except AccessDeniedError:
+                following = next(sources, None)
+                if following is None:
+                    raise
+                source = following
+            else:
+                if source.signed:
+                    next(sources, None)  # runs what follows the yield: remember the bucket
+                return result
+
+
+class _Changed(Exception):
+    """The object is another than the one whose bytes we already hold."""
+
+
+class _RangeIgnored(Exception):
+    """The server sends the whole object whatever range is asked for."""
+
+
+class _Sink:
+    """Where a body goes: ``at`` is the position that a resumed transfer goes on from."""
+
+    def __init__(self, at: int, progress: Callable[[int], object] | None) -> None:
+        self.at, self.progress = at, progress
+
+    def room(self, stop: int | None) -> memoryview:
+        """Return where the next bytes may be read into, not beyond stop."""
+        raise NotImplementedError
+
+    def took(self, size: int) -> None:
+        """Take note of bytes read into the room."""
+        self.at += size
+        if self.progress:
+            self.progress(size)
+
+    def rewind(self) -> None:
+        """Forget everything: the object comes again from its first byte."""
+        if self.progress:
+            self.progress(-self.at)
+        self.at = 0
+
+
+class _Bytes(_Sink):
+    """A body of known size in memory."""
+
+    def __init__(self, size: int, progress: Callable[[int], object] | None = None) -> None:
+        super().__init__(0, progress)
+        self.data = bytearray(size)
+        self.view = memoryview(self.data)
+
+    def room(self, stop: int | None) -> memoryview:
+        return self.view[self.at : stop]
+
+
+class _Chunks(_Sink):
+    """A body on its way to a file, through one reused buffer, with a CRC32 of every chunk."""
+
+    def __init__(
+        self,
+        file: _ChunkFile,
+        at: int,
+        total: int | None,
+        buffer: memoryview,
+        progress: Callable[[int], object] | None,
+    ) -> None:
+        super().__init__(at, progress)
+        self._file, self._total, self._buffer = file, total, buffer
+        self._filled = self._crc = 0
+
+    def room(self, stop: int | None) -> memoryview:
+        size = min(len(self._buffer) - self._filled, _CHUNK - self.at % _CHUNK)
+        size = size if stop is None else min(size, stop - self.at)
+        return self._buffer[self._filled : self._filled + size]
+
+    def took(self, size: int) -> None:
+        self._filled += size
+        super().took(size)
+        ends = self.at % _CHUNK == 0 or self.at == self._total
+        if ends or self._filled == len(self._buffer):
+            self._flush(ends)
+
+    def _flush(self, ends: bool) -> None:
+        from zlib import crc32
+
+        view = self._buffer[: self._filled]
+        self._crc = crc32(view, self._crc)
+        self._file.write(view, self.at - self._filled)
+        self._filled = 0
+        if ends:
+            self._file.finish(max(0, self.at - 1) // _CHUNK, self._crc)
+            self._crc = 0
+
+    def end(self) -> None:
+        """Write what is left of a body whose length nobody knew."""
+        if self.at % _CHUNK or not self.at:
+            self._flush(True)
+
+    def rewind(self) -> None:
+        super().rewind()
+        self._filled = self._crc = 0
+        self._file.restart()
+
+
+def _resume(
+    source: _Source, sink: _Sink, stop: int, etag: str, total: int, patience: _Patience
+) -> _Answer:
+    """Ask for the bytes from sink.at to stop of one version of an object.
+
+    Status, ETag and Content-Range are checked before a byte is used: servers ignore If-Match and
+    Range, and boto3 itself then writes a wrong file (faults seen in the wild).
+    """
+    while True:
+        try:
+            answer = source.read(sink.at, stop, if_match=etag, switch=patience.switch)
+            break
+        except TransferError as error:
+            patience.after(error)
+    if answer.status == 206 and answer.etag == etag:
+        if (answer.start, answer.stop, answer.total) == (sink.at, stop, total):
+            return answer
+        answer.body.close()
+        raise TransferError("Malformed answer: not the range that was asked for", uri=source.uri)
+    if answer.status == 200 and answer.etag == etag and answer.total in (total, None):
+        return answer
+    answer.body.close()
+    if answer.status == 304:
+        raise TransferError("Malformed answer: 304 to a range", uri=source.uri)
+    raise _Changed
+
+
+def _pull(
+    source: _Source, answer: _Answer, sink: _Sink, stop: int, total: int, patience: _Patience
+) -> None:
+    """Read an answer into the sink up to stop; where it breaks, go on from there.
+
+    Only a strong ETag tells that the rest is of the same object: without one the error is raised.
+    """
+    etag = answer.etag
+    while True:
+        try:
+            while sink.at < stop:
+                size = answer.body.readinto(sink.room(stop))
+                if not size:
+                    raise TransferError("Body cut short", uri=source.uri, retry="soon")
+                sink.took(size)
+                if _is_strong(etag):
+                    patience.progress()
+            return
+        except TransferError as error:
+            error.uri = source.uri
+            if etag is None or not _is_strong(etag):
+                raise
+            patience.after(error)
+        finally:
+            answer.body.close()
+        answer = _resume(source, sink, stop, etag, total, patience)
+        if answer.status == 200 and sink.at:
+            sink.rewind()
+
+
+def _pull_to_end(answer: _Answer, sink: _Chunks) -> None:
+    """Read a body of unknown length: what breaks it is raised, since nothing can be resumed."""
+    while True:
+        size = answer.body.readinto(sink.room(None))
+        if not size:
+            return sink.end()
+        sink.took(size)
+
+
+def _digests(source: _Source, answer: _Answer) -> list[tuple[str, bytes]]:
+    """Return (algorithm, digest) that S3 promises of the whole object.
+
+    An ETag is an MD5 only of an object sent in one part and not encrypted with KMS or by the
+    customer (S3 API, "Object ETag"). A checksum header counts on an answer that brings the whole
+    object, if it is FULL_OBJECT: with "-" or COMPOSITE it is a checksum of checksums.
+    """
+    if source.kind != "s3":
+        return []
+    from base64 import b64decode
+
+    headers, found = answer.headers, []
+    md5 = (answer.etag or "").strip('"')
+    sealed = headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
+    sealed = sealed or "x-amz-server-side-encryption-customer-algorithm" in headers
+    if len(md5) == 32 and _HEX.issuperset(md5) and not sealed:
+        found.append(("md5", bytes.fromhex(md5)))
+    if not answer.whole or headers.get("x-amz-checksum-type") == "COMPOSITE":
+        return found
+    for name in ("sha512", "sha256", "sha1", "crc32"):
+        value = headers.get(f"x-amz-checksum-{name}", "")
+        if value and "-" not in value:
+            try:
+                found.append((name, b64decode(value, validate=True)))
+            except ValueError:
+                continue
+    return found
+
+
+def _hasher(name: str) -> Any:
+    import hashlib
+
+    return hashlib.new(name, usedforsecurity=False)
+
+
+def _mismatch(source: _Source, name: str) -> IntegrityError:
+    hint = "A proxy, a disk or the network changed them; nothing was kept"
+    return IntegrityError(f"The bytes do not match their {name.upper()}", uri=source.uri, hint=hint)
+
+
+def _check_bytes(source: _Source, answer: _Answer, data: bytearray) -> None:
+    """Compare a whole object with what S3 promises of it."""
+    for name, promised in _digests(source, answer):
+        if name == "crc32":
+            from zlib import crc32
+
+            actual = crc32(data).to_bytes(4, "big")
+        else:
+            digest = _hasher(name)
+            digest.update(data)
+            actual = digest.digest()
+        if actual != promised:
+            raise _mismatch(source, name)
+
+
+# ==== 7 Store =====================================================================================
+# The only section that writes to disk. Content first, then the name that makes it visible; one
+# writer per file; what is in a name needs no second file, and a lock only ever saves a download.
+#
+#   <cache_dir>/aind-s3-cache/
+#       CACHEDIR.TAG
+#       objects/<xx>/<id>_<access><validator>_<size>_<crc>_<the object's own name>
+#       objects/<xx>/.t… .u… .v…   a file being written, stamps of last use and last validation
+#       partial/<id>.<version>.<random>.data and .log     large objects on their way
+#       trees/<id>_<signature>_<name>/                     directories of hard links to objects
+#       locks/<xxx>                                        4,096 files, never removed by a download
+
+_TAG = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n"
+    "# This directory is a cache of aind-s3-cache: backups may leave it out, and so may you.\n"
+)
+_NAME_LIMIT = 240  # bytes of a file name: 255 less what our stamps put before it
+_NEW = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_NEW |= getattr(os, "O_BINARY", 0)
+_SAFE_NAME = _BUCKET
+
+
+class _Disk:
+    """Turns the errors of the file system within a block into a CacheError that says enough."""
+
+    def __init__(self, path: str, need: int = 0) -> None:
+        self._path, self._need = path, need
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, S3CacheError):
+            raise _disk_error(error, self._path, self._need) from None
+
+
+def _free(path: str) -> int | None:
+    """Return the bytes free for us where path is, or None if that cannot be told."""
+    while path and not os.path.exists(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    try:
+        found = os.statvfs(path)
+    except (OSError, AttributeError):
+        return None
+    return found.f_bavail * found.f_frsize if found.f_blocks else None
+
+
+def _disk_error(error: OSError, path: str, need: int = 0) -> CacheError:
+    """Return the error for a failed write: which path, how much is needed, how much is free."""
+    where = error.filename if isinstance(error.filename, str) else path
+    number = error.errno or errno.EIO
+    hint = ""
+    if number in (errno.ENOSPC, getattr(errno, "EDQUOT", -1), errno.EFBIG):
+        free = _free(path)
+        hint = f"Needed: {_human(need)}" if need else "The disk or quota is full"
+        hint += f", free: {_human(free)}" if free is not None else ""
+        hint += ". Prune the cache, or give another cache_dir"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        uid = f" by uid {os.geteuid()}" if hasattr(os, "geteuid") else ""
+        hint = f"Not writable{uid}: give another cache_dir or set AIND_S3_CACHE_DIR"
+    elif number in (errno.ENOTDIR, errno.EEXIST):
+        hint = "A file stands where a directory is needed"
+    message = f"Cannot use the cache at {_printable(where)}: {os.strerror(number)}"
+    return CacheError(message, errno=number, hint=hint or None)
+
+
+def _random() -> str:
+    return os.urandom(8).hex()
+
+
+def _tail(name: str, room: int) -> str:
+    """Return what a file system can surely hold of an object's own name, its end kept."""
+    if not _SAFE_NAME.issuperset(name):
+        name = "".join(c if c in _SAFE_NAME else "_" for c in name)
+    return name[-room:].rstrip(".") or "object"
+
+
+def _digest(*parts: str) -> str:
+    import hashlib
+
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _validator(answer: _Answer) -> str:
+    """Return an answer's validator as it stands in a name; "" if it has none.
+
+    ``s`` and a plain strong ETag, ``x`` and any other ETag in hex, ``m`` and Last-Modified in hex.
+    """
+    etag = answer.etag
+    if etag:
+        bare = etag[1:-1]
+        plain = etag[0] == etag[-1] == '"' and bare and _ETAG_BARE.issuperset(bare)
+        return "s" + bare if plain else "x" + etag.encode("latin-1").hex()
+    modified = answer.modified
+    return "m" + modified.encode("latin-1").hex() if 0 < len(modified) <= 40 else ""
+
+
+class _Entry:
+    """One published object, as its name and lstat tell."""
+
+    __slots__ = ("crc", "name", "path", "private", "size", "stamp", "tail", "validator")
+
+    def __init__(self, directory: str, name: str) -> None:
+        _, access, size, crc, self.tail = name.split("_", 4)
+        self.path, self.name = os.path.join(directory, name), name
+        self.private, self.validator = access[0] == "p", access[1:]
+        self.size, self.crc = int(size, 16), crc
+        self.stamp = 0.0
+
+    @property
+    def etag(self) -> str | None:
+        kind, text = self.validator[:1], self.validator[1:]
+        if kind == "s":
+            return f'"{text}"'
+        return bytes.fromhex(text).decode("latin-1") if kind == "x" else None
+
+    @property
+    def modified(self) -> str | None:
+        kind, text = self.validator[:1], self.validator[1:]
+        return bytes.fromhex(text).decode("latin-1") if kind == "m" else None
+
+    def check(self) -> bool:
+        """Tell whether this is a whole entry: the one place that decides it."""
+        try:
+            found = os.lstat(self.path)
+        except OSError:
+            return False
+        self.stamp = found.st_mtime
+        return stat.S_ISREG(found.st_mode) and found.st_size == self.size
+
+
+def _parse_entry(directory: str, name: str) -> _Entry | None:
+    """Return the entry of this name, None if it is none of ours."""
+    if len(name) < 32 or name[20:21] != "_" or name[0] == ".":
+        return None
+    try:
+        return _Entry(directory, name)
+    except (ValueError, IndexError):
+        return None
+
+
+def _write_all(fd: int, view: memoryview, offset: int | None = None) -> None:
+    """Write all of view; a write may be short (write(2))."""
+    while len(view):
+        if offset is None:
+            size = os.write(fd, view)
+        elif hasattr(os, "pwrite"):
+            size = os.pwrite(fd, view, offset)
+        else:
+            with _SEEK_LOCK:  # Windows has no positional write
+                os.lseek(fd, offset, os.SEEK_SET)
+                size = os.write(fd, view)
+        view = view[size:]
+        offset = None if offset is None else offset + size
+
+
+_SEEK_LOCK = threading.Lock()
+
+
+def _unlink(path: str) -> bool:
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
+
+
+def _rename(source: str, target: str) -> None:
+    """Rename, as patiently as Windows wants it: a scanner or a peer may hold a file for a moment."""
+    for pause in (0.0, 0.02, 0.1, 0.3, 0.6):
+        time.sleep(pause) if pause else None
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if os.name != "nt":
+                raise
+    os.replace(source, target)
+
+
+def _checksum(crcs: Sequence[int]) -> str:
+    """Return the checksum in a name: the CRC32 of a lone chunk, of more the CRC32 of their CRC32s."""
+    from zlib import crc32
+
+    if len(crcs) == 1:
+        return f"{crcs[0]:08x}"
+    return f"{crc32(b''.join(c.to_bytes(4, 'big') for c in crcs)):08x}"
+
+
+def _crc_of_bytes(data: memoryview) -> str:
+    from zlib import crc32
+
+    starts = range(0, len(data) or 1, _CHUNK)
+    return _checksum([crc32(data[at : at + _CHUNK]) for at in starts])
+
+
+def _crc_of_file(path: str) -> str:
+    """Read a file back and return its checksum."""
+    from zlib import crc32
+
+    crcs: list[int] = []
+    with open(path, "rb", buffering=0) as file:
+        while True:
+            crc, left = 0, _CHUNK
+            while left:
+                data = file.read(min(left, _BUFFER))
+                if not data:
+                    break
+                crc, left = crc32(data, crc), left - len(data)
+            if left < _CHUNK or not crcs:
+                crcs.append(crc)
+            if left:
+                return _checksum(crcs)
+
+
+_KNOWN_ROOTS: dict[str, tuple[int, int]] = {}  # root -> (device, inode) once found safe
+
+
+def _guard(path: str, error_path: str) -> None:
+    """Refuse a directory that another user may have planted or can write to."""
+    if not hasattr(os, "geteuid"):
+        return
+    found = os.lstat(path)
+    mine = found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode)
+    if not mine or found.st_mode & 0o022:
+        raise CacheError(
+            f"Unsafe cache directory {_printable(error_path)}: it belongs to, or can be changed by,"
+            " another user",
+            errno=errno.EPERM,
+            hint="Give a cache_dir of your own",
+        )
+
+
+def _others_write(path: str) -> bool:
+    """Tell whether anybody may make files in a directory."""
+    try:
+        return bool(os.stat(path).st_mode & stat.S_IWOTH) and os.name == "posix"
+    except OSError:
+        return False
+
+
+class _Store:
+    """One cache directory. Reading never writes; directories are made by the first write."""
+
+    def __init__(self, cache_dir: str) -> None:
+        self.cache_dir = cache_dir
+        self.root = os.path.join(cache_dir, "aind-s3-cache")
+        self.objects = os.path.join(self.root, "objects")
+        self.partial = os.path.join(self.root, "partial")
+        self.trees = os.path.join(self.root, "trees")
+        self.locks = os.path.join(self.root, "locks")
+
+    def exists(self) -> bool:
+        """Tell whether the root is there; refuse it where others could have planted it."""
+        try:
+            found = os.stat(self.root)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise _disk_error(error, self.root) from None
+        if _KNOWN_ROOTS.get(self.root) != (found.st_dev, found.st_ino):
+            if _others_write(self.cache_dir):
+                _guard(self.root, self.root)
+            _KNOWN_ROOTS[self.root] = found.st_dev, found.st_ino
+        return stat.S_ISDIR(found.st_mode)
+
+    def make(self, directory: str) -> None:
+        """Make a directory of ours and what it needs above it."""
+        if not self.exists():
+            os.makedirs(self.cache_dir, exist_ok=True)
+            try:
+                os.mkdir(self.root, 0o700 if _others_write(self.cache_dir) else 0o777)
+            except FileExistsError:
+                if not self.exists():
+                    raise
+            self.exists()
+            try:
+                fd = os.open(os.path.join(self.root, "CACHEDIR.TAG"), os.O_WRONLY | _NEW, 0o644)
+            except FileExistsError:
+                pass
+            else:
+                _write_all(fd, memoryview(_TAG.encode()))
+                os.close(fd)
+        os.makedirs(directory, exist_ok=True)
+
+    def shard(self, ident: str) -> str:
+        return os.path.join(self.objects, ident[:2])
+
+    def find(self, ident: str, private: bool) -> list[_Entry]:
+        """Return the whole entries of an object, validated last first."""
+        if not self.exists():
+            return []
+        directory = self.shard(ident)
+        try:
+            names = os.listdir(directory)
+        except OSError:
+            return []
+        entries = [_parse_entry(directory, name) for name in names if name.startswith(ident)]
+        good = [e for e in entries if e and (private or not e.private) and e.check()]
+        return sorted(good, key=lambda e: self.validated(e), reverse=True) if good[1:] else good
+
+    def validated(self, entry: _Entry) -> float:
+        """Return when the server last confirmed an entry (seconds since the epoch, UTC)."""
+        return max(entry.stamp, self._sidecar(entry.path, "v"))
+
+    @staticmethod
+    def _sidecar(path: str, kind: str) -> float:
+        directory, name = os.path.split(path)
+        try:
+            return os.lstat(os.path.join(directory, f".{kind}{name}")).st_mtime
+        except OSError:
+            return 0.0
+
+    @staticmethod
+    def _touch_sidecar(path: str, kind: str) -> None:
+        directory, name = os.path.split(path)
+        sidecar = os.path.join(directory, f".{kind}{name}")
+        try:
+            os.utime(sidecar, follow_symlinks=os.utime not in os.supports_follow_symlinks)
+        except FileNotFoundError:
+            try:
+                os.close(os.open(sidecar, os.O_WRONLY | _NEW, 0o666))
+            except OSError:
+                pass
+        except OSError:
+            pass
+
+    def confirm(self, path: str) -> bool:
+        """Stamp a path as validated just now. False if it is gone; a read-only cache is no matter."""
+        try:
+            os.utime(path, follow_symlinks=os.utime not in os.supports_follow_symlinks)
+        except FileNotFoundError:
+            return False
+        except PermissionError:
+            self._touch_sidecar(path, "v")
+        except OSError:
+            pass
+        return True
+
+    def used(self, path: str, stamp: float) -> None:
+        """Stamp a path as used just now, at most once an hour."""
+        if time.time() - max(stamp, self._sidecar(path, "u")) > _USE_GRAIN:
+            self._touch_sidecar(path, "u")
+
+    def name(
+        self, ident: str, private: bool, validator: str, size: int, crc: str, name: str
+    ) -> str:
+        head = f"{ident}_{'p' if private else 'o'}{validator}_{size:x}_{crc}_"
+        return head + _tail(name, _NAME_LIMIT - len(head))
+
+    def add(self, ident: str, name: str, data: memoryview, private: bool) -> str:
+        """Publish a small object: one private file, one write, one rename."""
+        directory = self.shard(ident)
+        temporary = os.path.join(directory, f".t{_random()}")
+        final = os.path.join(directory, name)
+        mode = 0o600 if private else 0o444
+        with _Disk(directory, len(data)):
+            try:
+                fd = os.open(temporary, os.O_WRONLY | _NEW, mode)
+            except FileNotFoundError:
+                self.make(directory)
+                fd = os.open(temporary, os.O_WRONLY | _NEW, mode)
+            try:
+                try:
+                    _write_all(fd, data)
+                finally:
+                    os.close(fd)
+                _rename(temporary, final)
+            except BaseException:
+                _unlink(temporary)
+                raise
+        return final
+
+    def partials(self, prefix: str) -> list[str]:
+        """Return the paths, without ending, of the partial files whose name begins so."""
+        try:
+            names = os.listdir(self.partial)
+        except OSError:
+            return []
+        return [
+            os.path.join(self.partial, name[:-4])
+            for name in names
+            if name.startswith(prefix) and name.endswith(".log")
+        ]
+
+    def drop_partials(self, prefix: str, older_than: float | None = None) -> list[str]:
+        """Remove partial files; with an age, only those that have not grown since."""
+        gone = []
+        for path in self.partials(prefix):
+            if older_than is not None and _newest(path + ".log", path + ".data") > older_than:
+                continue
+            _unlink(path + ".data")
+            _unlink(path + ".log")
+            gone.append(path + ".data")
+        return gone
+
+    def pulse(self, ident: str) -> int:
+        """Return a number that changes while somebody downloads this object; 0 if nobody does."""
+        total = 0
+        for path in self.partials(ident):
+            try:
+                total += 1 + os.lstat(path + ".log").st_size
+            except OSError:
+                pass
+        return total
+
+    def recently_partial(self) -> bool:
+        """Tell, for one system call, whether anybody may be downloading something large."""
+        try:
+            return time.time() - os.stat(self.partial).st_mtime < 600
+        except OSError:
+            return False
+
+
+def _newest(*paths: str) -> float:
+    """Return the latest modification time of the paths that exist."""
+    found = 0.0
+    for path in paths:
+        try:
+            found = max(found, os.lstat(path).st_mtime)
+        except OSError:
+            pass
+    return found
+
+
+class _Lock:
+    """A best-effort lock between processes. Broken, hanging or missing locks count as taken."""
+
+    def __init__(self, store: _Store, ident: str) -> None:
+        self._path = os.path.join(store.locks, ident[:3])
+        self._store, self._fd, self._gone = store, -1, False
+        self._guard = threading.Lock()
+
+    def acquire(self) -> bool:
+        """Try once. False only if a peer surely holds it."""
+        verdict: list[bool] = []
+        done = threading.Event()
+        worker = threading.Thread(target=self._try, args=(verdict, done), daemon=True)
+        try:
+            worker.start()
+        except RuntimeError:  # the interpreter is going down
+            return True
+        done.wait(2.0)  # on NFS even a non-blocking flock may hang (cargo#2615)
+        return verdict[0] if verdict else True
+
+    def _try(self, verdict: list[bool], done: threading.Event) -> None:
+        try:
+            import fcntl
+
+            self._store.make(self._store.locks)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            fd = os.open(self._path, flags, 0o666)
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise OSError(errno.EINVAL, "not a lock file")
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BaseException:
+                os.close(fd)
+                raise
+            with self._guard:
+                if self._gone:
+                    os.close(fd)
+                else:
+                    self._fd = fd
+            verdict.append(True)
+        except BlockingIOError:
+            verdict.append(False)
+        except (OSError, ImportError, S3CacheError):
+            verdict.append(True)
+        finally:
+            done.set()
+
+    def release(self) -> None:
+        with self._guard:
+            self._gone = True
+            if self._fd >= 0:
+                os.close(self._fd)  # never unlinked: a peer may lock the old inode, a third the new
+                self._fd = -1
+
+
+class _Spool:
+    """A private file that one body is written to in order, published when it is whole."""
+
+    def __init__(
+        self, store: _Store, ident: str, private: bool, need: int, hashes: list[str]
+    ) -> None:
+        self.directory, self.need, self._names = store.shard(ident), need, hashes
+        self._path = os.path.join(self.directory, f".t{_random()}")
+        with _Disk(self.directory, need):
+            store.make(self.directory)
+            self._fd = os.open(self._path, os.O_WRONLY | _NEW, 0o600 if private else 0o444)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.crcs: list[int] = []
+        self._whole_crc = 0
+        self._hashes = {name: _hasher(name) for name in self._names if name != "crc32"}
+
+    def write(self, view: memoryview, offset: int) -> None:
+        from zlib import crc32
+
+        with _Disk(self.directory, self.need):
+            _write_all(self._fd, view)
+        for digest in self._hashes.values():
+            digest.update(view)
+        if "crc32" in self._names:
+            self._whole_crc = crc32(view, self._whole_crc)
+
+    def finish(self, index: int, crc: int) -> None:
+        self.crcs.append(crc)
+
+    def restart(self) -> None:
+        with _Disk(self.directory, self.need):
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            os.ftruncate(self._fd, 0)
+        self._reset()
+
+    def digest(self, name: str) -> bytes:
+        if name == "crc32":
+            return self._whole_crc.to_bytes(4, "big")
+        return bytes(self._hashes[name].digest())
+
+    def publish(self, name: str) -> str:
+        final = os.path.join(self.directory, name)
+        with _Disk(self.directory, self.need):
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+            _rename(self._path, final)
+        return final
+
+    def close(self) -> None:
+        """Remove what was not published."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        _unlink(self._path)
+
+
+class _Partial:
+    """A large object on its way: a file of our own, and a log of the chunks that are done.
+
+    Nobody else ever writes to it. Whoever needs the same object may copy the chunks whose checksum
+    matches, now or after we were killed: no liveness test, no shared inode, no lock.
+    """
+
+    def __init__(self, store: _Store, ident: str, version: str, total: int, private: bool) -> None:
+        self.store, self.key, self.total = store, f"{ident}.{version}.", total
+        self.path = os.path.join(store.partial, self.key + _random())
+        self.count = -(-total // _CHUNK)
+        self.state = bytearray(self.count)  # 0 free, 1 taken, 2 done
+        self.crcs = [0] * self.count
+        self.lock = threading.Lock()
+        self.shared = False  # peers work on the same object: take chunks at random
+        self._users, self._closed = 1, False
+        with _Disk(store.partial, total):
+            store.make(store.partial)
+            free = _free(store.partial)
+            if free is not None and free < total:
+                raise OSError(errno.ENOSPC, "No space left on device", self.path + ".data")
+            mode = 0o600 if private else 0o444
+            self.fd = os.open(self.path + ".data", os.O_RDWR | _NEW, mode)
+            try:
+                self.log = os.open(self.path + ".log", os.O_WRONLY | os.O_APPEND | _NEW, 0o600)
+            except BaseException:
+                os.close(self.fd)
+                _unlink(self.path + ".data")
+                raise
+
+    def take(self, most: int) -> tuple[int, int] | None:
+        """Take a run of free chunks, at most so many bytes long; None if none is left."""
+        with self.lock:
+            at = -1
+            if self.shared:
+                at = self.state.find(0, int.from_bytes(os.urandom(4), "big") % self.count)
+            at = self.state.find(0) if at < 0 else at
+            if at < 0:
+                return None
+            end = at
+            while end < self.count and end - at < most // _CHUNK and not self.state[end]:
+                self.state[end] = 1
+                end += 1
+        return at * _CHUNK, min(end * _CHUNK, self.total)
+
+    def take_first(self, stop: int) -> None:
+        """Take the chunks that the first answer brings."""
+        with self.lock:
+            for index in range(-(-stop // _CHUNK)):
+                self.state[index] = 1
+
+    def write(self, view: memoryview, offset: int) -> None:
+        with _Disk(self.path + ".data", self.total):
+            _write_all(self.fd, view, offset)
+
+    def finish(self, index: int, crc: int) -> None:
+        """Note a chunk that is wholly written."""
+        with self.lock:
+            self.crcs[index] = crc
+            self.state[index] = 2
+        with _Disk(self.path + ".log"):
+            os.write(self.log, b"%x %08x\n" % (index, crc))
+
+    def chunk(self, index: int) -> tuple[int, int]:
+        return index * _CHUNK, min((index + 1) * _CHUNK, self.total)
+
+    @property
+    def complete(self) -> bool:
+        return self.state.count(2) == self.count
+
+    def adopt(self) -> int:
+        """Copy what peers and the dead have finished of this object; return the bytes copied."""
+        copied, others = 0, [p for p in self.store.partials(self.key) if p != self.path]
+        self.shared = bool(others)
+        for path in others:
+            copied += self._adopt_from(path)
+        return copied
+
+    def _adopt_from(self, path: str) -> int:
+        """Copy the good chunks of one partial file: same user, regular, checksum as logged."""
+        from zlib import crc32
+
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        copied, files = 0, []
+        try:
+            for ending in (".data", ".log"):
+                fd = os.open(path + ending, flags | getattr(os, "O_BINARY", 0))
+                files.append(open(fd, "rb", buffering=0))
+                found = os.fstat(fd)
+                mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+                if not mine or not stat.S_ISREG(found.st_mode):
+                    return 0
+            for index, crc in _parse_log(files[1].read(), self.count).items():
+                if self.state[index]:
+                    continue
+                with self.lock:
+                    if self.state[index]:
+                        continue
+                    self.state[index] = 1
+                start, stop = self.chunk(index)
+                files[0].seek(start)
+                data = files[0].read(stop - start)
+                good = len(data) == stop - start and crc32(data) == crc
+                if good:
+                    self.write(memoryview(data), start)
+                    self.finish(index, crc)
+                    copied += len(data)
+                else:
+                    self.state[index] = 0
+        except OSError as error:
+            if isinstance(error, S3CacheError):
+                raise
+        finally:
+            for file in files:
+                file.close()
+        return copied
+
+    def publish(self, directory: str, name: str) -> str:
+        """Make the whole file durable, then visible; and drop what this version left behind."""
+        final = os.path.join(directory, name)
+        with _Disk(directory, self.total):
+            os.fsync(self.fd)  # written out of order: without it a power cut leaves zeros
+            os.utime(self.fd) if os.utime in os.supports_fd else None
+            self.store.make(directory)
+            self.close()
+            try:
+                _rename(self.path + ".data", final)
+            except FileNotFoundError:  # a peer published this version and dropped ours
+                if not _Entry(directory, name).check():
+                    raise
+        self.store.drop_partials(self.key)
+        return final
+
+    def restart(self) -> None:
+        """Chunks may be written again: of one version, they are the same."""
+
+    def hold(self) -> None:
+        with self.lock:
+            self._users += 1
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.release()
+
+    def release(self) -> None:
+        """Close when the last thread has let go: a descriptor number may be another file's by then."""
+        with self.lock:
+            self._users -= 1
+            if self._users == 0:
+                os.close(self.fd)
+                os.close(self.log)
+
+    def discard(self) -> None:
+        _unlink(self.path + ".data")
+        _unlink(self.path + ".log")
+
+
+def _parse_log(data: bytes, count: int) -> dict[int, int]:
+    """Return chunk -> CRC32 of a log; torn and foreign lines are skipped."""
+    found: dict[int, int] = {}
+    for line in data[: data.rfind(b"\n") + 1].splitlines():
+        index, _, crc = line.partition(b" ")
+        try:
+            at = int(index, 16)
+            if len(crc) == 8 and 0 <= at < count:
+                found[at] = int(crc, 16)
+        except ValueError:
+            pass
+    return found
+
+
+class _Record:
+    """An immutable value, compared, hashed, pickled and shown by its fields.
+
+    By hand, since importing ``dataclasses`` takes longer than importing this whole module.
+    """
+
+    __slots__: tuple[str, ...] = ()
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is immutable")
+
+    __delattr__ = __setattr__  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return self._values() == other._values() if type(other) is type(self) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._values()
+
+    def __repr__(self) -> str:
+        shown = (f"{n.strip('_')}={v!r}" for n, v in zip(self.__slots__, self._values()))
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class CacheEntry(_Record):
+    """What the cache holds: one object, tree or partial file.
+
+    Attributes
+    ----------
+    path : str
+        Where it is.
+    name : str
+        The object's own name, cleaned.
+    kind : str
+        ``"object"``, ``"tree"`` or ``"partial"``.
+    size : int
+        Bytes. Those of a tree are hard links to objects and take no space of their own.
+    last_used, last_validated : float
+        Seconds since the epoch, UTC.
+    etag : str or None
+        As the server sent it, quotes included.
+    private : bool
+        Fetched with credentials.
+    superseded : bool
+        A newer version of the same object is there.
+    """
+
+    __slots__ = (
+        "path", "name", "kind", "size", "last_used", "last_validated", "etag", "private",
+        "superseded",
+    )  # fmt: skip
+    path: str
+    name: str
+    kind: str
+    size: int
+    last_used: float
+    last_validated: float
+    etag: str | None
+    private: bool
+    superseded: bool
+
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        kind: str,
+        size: int,
+        last_used: float,
+        last_validated: float,
+        etag: str | None = None,
+        private: bool = False,
+        superseded: bool = False,
+    ) -> None:
+        values = path, name, kind, size, last_used, last_validated, etag, private, superseded
+        for slot, value in zip(self.__slots__, values):
+            object.__setattr__(self, slot, value)
+
+
+class _Unit:
+    """Something that is pruned as a whole: an entry, and the inodes that it keeps alive."""
+
+    __slots__ = ("entry", "inodes")
+
+    def __init__(self, entry: CacheEntry, inodes: dict[tuple[int, int], int]) -> None:
+        self.entry, self.inodes = entry, inodes
+
+
+def _plan_prune(
+    units: list[_Unit], max_age: float | None, max_size: int | None, now: float
+) -> list[_Unit]:
+    """Decide what goes: what is old, then superseded versions, then what was used longest ago.
+
+    Space is counted by inode: a tree and its objects share theirs. What was used within the grace
+    stays, and what a recent tree holds is as recent as the tree.
+    """
+    links: dict[tuple[int, int], int] = {}
+    recent: dict[tuple[int, int], float] = {}
+    sizes: dict[tuple[int, int], int] = {}
+    for unit in units:
+        sizes.update(unit.inodes)
+        for inode in unit.inodes:
+            links[inode] = links.get(inode, 0) + 1
+            recent[inode] = max(recent.get(inode, 0.0), unit.entry.last_used)
+    total = sum(sizes.values())
+
+    def last_use(unit: _Unit) -> float:
+        if unit.entry.kind != "object":
+            return unit.entry.last_used
+        return max((recent[inode] for inode in unit.inodes), default=0.0)
+
+    def order(unit: _Unit) -> tuple[bool, float, bool]:
+        return not unit.entry.superseded, last_use(unit), unit.entry.kind != "tree"
+
+    plan = []
+    for unit in sorted(units, key=order):
+        idle = now - last_use(unit)
+        old = max_age is not None and idle > max_age
+        if unit.entry.kind == "partial" and max_age is None and max_size is None:
+            old = idle > _ORPHAN_AGE
+        if idle <= _GRACE or not (old or (max_size is not None and total > max_size)):
+            continue
+        plan.append(unit)
+        for inode in unit.inodes:
+            links[inode] -= 1
+            total -= 0 if links[inode] else sizes[inode]
+    return plan
+
+
+def _is_ours(name: str) -> bool:
+    """Tell whether a name in a shard is one that we give."""
+    if name[:2] == ".t":
+        return True
+    return _parse_entry("", name[2:] if name[:2] in (".u", ".v") else name) is not None
+
+
+def _list(path: str) -> list[str]:
+    """Return the paths in a directory, none if it is not there."""
+    try:
+        return sorted(os.path.join(path, name) for name in os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _remove_tree(path: str) -> None:
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)
+
+
+class _Keeper:
+    """What looks after a store: what it holds, what goes, what is damaged."""
+
+    def __init__(self, store: _Store) -> None:
+        self.store = store
+
+    def units(self) -> list[_Unit]:
+        """Return all that the store holds."""
+        if not self.store.exists():
+            return []
+        with _Disk(self.store.root):
+            objects = [unit for shard in _list(self.store.objects) for unit in self._shard(shard)]
+            trees = [self._tree(path) for path in _list(self.store.trees) if self._named(path)]
+            partials = [self._part(path) for path in self.store.partials("")]
+        return objects + trees + partials
+
+    @staticmethod
+    def _named(path: str) -> bool:
+        return not os.path.basename(path).startswith(".")
+
+    def _shard(self, shard: str) -> list[_Unit]:
+        """Return the objects of a shard; of each the one validated last supersedes the others."""
+        found: dict[str, list[tuple[float, _Entry]]] = {}
+        for path in _list(shard):
+            entry = _parse_entry(*os.path.split(path))
+            if entry and entry.check():
+                group = found.setdefault(entry.name[:21] + ("p" if entry.private else "o"), [])
+                group.append((self.store.validated(entry), entry))
+        units = []
+        for group in found.values():
+            newest = max(validated for validated, _ in group)
+            for validated, entry in group:
+                units.append(self._unit(entry, validated, validated < newest))
+        return units
+
+    def _unit(self, entry: _Entry, validated: float, superseded: bool) -> _Unit:
+        used = max(validated, self.store._sidecar(entry.path, "u"))
+        record = CacheEntry(
+            entry.path, entry.tail, "object", entry.size, used, validated, entry.etag,
+            entry.private, superseded,
+        )  # fmt: skip
+        return _Unit(record, _inodes([entry.path]))
+
+    def _tree(self, path: str) -> _Unit:
+        files = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
+        inodes = _inodes(files)
+        name = os.path.basename(path).split("_", 2)[-1]
+        stamp = _newest(path)
+        used = max(stamp, self.store._sidecar(path, "u"))
+        return _Unit(CacheEntry(path, name, "tree", sum(inodes.values()), used, stamp), inodes)
+
+    def _part(self, path: str) -> _Unit:
+        stamp = _newest(path + ".log", path + ".data")
+        inodes = _inodes([path + ".data", path + ".log"])
+        name = os.path.basename(path)
+        entry = CacheEntry(path, name, "partial", sum(inodes.values()), stamp, stamp)
+        return _Unit(entry, inodes)
+
+    def now(self) -> float:
+        """Return the time on the file system's clock, which the stamps are of."""
+        path = os.path.join(self.store.root, f".t{_random()}")
+        try:
+            fd = os.open(path, os.O_WRONLY | _NEW, 0o600)
+        except OSError:
+            return time.time()
+        try:
+            return os.fstat(fd).st_mtime
+        finally:
+            os.close(fd)
+            _unlink(path)
+
+    def prune(self, max_age: float | None, max_size: int | None, dry_run: bool) -> list[CacheEntry]:
+        """Carry out a plan; what was touched since it was made stays."""
+        units = self.units()
+        if not units:
+            return []
+        now = self.now()
+        plan = _plan_prune(units, max_age, max_size, now)
+        if dry_run:
+            return [unit.entry for unit in plan]
+        self._sweep(now)
+        return [unit.entry for unit in plan if self._remove(unit.entry)]
+
+    def _remove(self, entry: CacheEntry) -> bool:
+        """Remove an entry unless it was touched after the plan: aside first, and back if so."""
+        path = entry.path
+        if entry.kind == "partial":
+            if _newest(path + ".log", path + ".data") > entry.last_used:
+                return False
+            return bool(self.store.drop_partials(os.path.basename(path)))
+        aside = os.path.join(os.path.dirname(path), f".t{_random()}")
+        directory, name = os.path.split(path)
+        stamps = [os.path.join(directory, f".{kind}{name}") for kind in "uv"]
+        with _Disk(path):
+            try:
+                if _newest(path, *stamps) > entry.last_used:
+                    return False
+                os.rename(path, aside)
+                if _newest(aside, *stamps) > entry.last_used:
+                    os.rename(aside, path)
+                    return False
+            except FileNotFoundError:
+                return False
+            if entry.kind == "tree":
+                _remove_tree(aside)
+            else:
+                os.unlink(aside)
+            for sidecar in stamps:
+                _unlink(sidecar)
+        return True
+
+    def _sweep(self, now: float) -> None:
+        """Remove what crashes left behind: old temporary files, stamps without an entry."""
+        for shard in [*_list(self.store.objects), self.store.trees, self.store.root]:
+            for path in _list(shard):
+                name = os.path.basename(path)
+                if name[:2] == ".t" and now - _newest(path) > _GRACE:
+                    if not _unlink(path):
+                        _remove_tree(path)
+                elif name[:2] in (".u", ".v") and not os.path.lexists(
+                    os.path.join(shard, name[2:])
+                ):
+                    _unlink(path)
+
+    def verify(self) -> list[CacheEntry]:
+        """Read every object back, remove and return those whose bytes are not what they were."""
+        bad = []
+        for unit in self.units():
+            if unit.entry.kind == "object":
+                entry = _Entry(*os.path.split(unit.entry.path))
+                try:
+                    good = _crc_of_file(entry.path) == entry.crc
+                except FileNotFoundError:
+                    continue
+                except OSError:
+                    good = False
+                if not good:
+                    with _Disk(entry.path):
+                        os.unlink(entry.path)
+                    bad.append(unit.entry)
+        return bad
+
+    def clear(self) -> None:
+        """Remove all that is ours and nothing else."""
+        if not self.store.exists():
+            return
+        with _Disk(self.store.root):
+            for path in _list(self.store.trees):
+                _remove_tree(path)
+            files = [p for shard in _list(self.store.objects) for p in _list(shard)]
+            files = [p for p in files if _is_ours(os.path.basename(p))]
+            files += [p for p in _list(self.store.partial) if p.endswith((".data", ".log"))]
+            files += [p for p in _list(self.store.locks) if len(os.path.basename(p)) == 3]
+            files += [p for p in _list(self.store.root) if os.path.basename(p)[:2] == ".t"]
+            for path in [*files, os.path.join(self.store.root, "CACHEDIR.TAG")]:
+                try:
+                    os.unlink(path)
+                except FileNotFoundError:
+                    pass
+            directories = [*_list(self.store.objects), self.store.objects, self.store.partial]
+            directories += [self.store.trees, self.store.locks, self.store.root]
+            for path in directories:
+                try:
+                    os.rmdir(path)
+                except OSError:  # something that is not ours: it stays, and so does its place
+                    pass
+
+
+def _inodes(paths: Iterable[str]) -> dict[tuple[int, int], int]:
+    """Return inode -> bytes on disk of the regular files among paths, each once."""
+    found = {}
+    for path in paths:
+        try:
+            s = os.lstat(path)
+        except OSError:
+            continue
+        if stat.S_ISREG(s.st_mode):
+            held = getattr(s, "st_blocks", 0) * 512 if path.endswith(".data") else s.st_size
+            found[s.st_dev, s.st_ino] = min(held, s.st_size)
+    return found
+
+
+def _local_path(text: str) -> str:
+    """Return the absolute path that a path or ``file:`` URI means, ``~`` expanded."""
+    scheme = _scheme(text)
+    if scheme not in ("", "file"):
+        raise ValueError(f"Unsupported URL or file path: {_redact(text)!r}")
+    path = _file_path(text) if scheme else os.path.expanduser(text)
+    return os.path.abspath(path) if path else ""
+
+
+def _fallback_dir() -> str:
+    """Return a private directory below the temp directory: there is no usable home."""
+    import tempfile
+
+    uid = os.geteuid() if hasattr(os, "geteuid") else 0
+    try:
+        path = os.path.join(tempfile.gettempdir(), f"aind-s3-cache-{uid}")
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise _disk_error(error, "the temp directory") from None
+    _guard(path, path)
+    return path
+
+
+def _default_cache_dir() -> str:
+    """Return where caches live by default; everything of ours is in one folder of it."""
+    for name in ("AIND_S3_CACHE_DIR", "XDG_CACHE_HOME", *(("LOCALAPPDATA",) * (os.name == "nt"))):
+        path = os.path.expanduser(os.environ.get(name, ""))
+        if os.path.isabs(path) or (path and name == "AIND_S3_CACHE_DIR"):
+            return os.path.abspath(path)
+    home = os.path.expanduser("~")
+    cache = os.path.join(home, ".cache")
+    if os.path.isabs(home):
+        if os.path.isdir(os.path.join(cache, "aind-s3-cache")):
+            return cache  # even if it is read-only: hits need no more
+        if os.access(cache if os.path.isdir(cache) else home, os.W_OK | os.X_OK):
+            return cache
+    return _fallback_dir()
+
+
+def _ident(source: _Source) -> str:
+    """Return the hash that names an object in the store; nothing of its URI can be read off it."""
+    return _digest(*source.place_id)[:20]
+
+
+# ==== 8 JSON ======================================================================================
+# Loaders on top of the sources: they read, they do not cache. A document is a mapping, or an error.
+
+
+def _collect(source: _Source, answer: _Answer, limit: int, patience: _Patience) -> bytearray:
+    """Return a whole body of at most limit bytes."""
+    if answer.total is None:
+        data = bytearray(_read_up_to(answer.body, limit + 1))
+        if len(data) > limit:
+            raise _too_large(source, limit)
+        return data
+    if answer.total > limit:
+        answer.body.close()
+        raise _too_large(source, limit)
+    sink = _Bytes(answer.total)
+    _pull(source, answer, sink, answer.total, answer.total, patience)
+    return sink.data
+
+
+def _too_large(source: _Source, limit: int) -> InvalidJSONError:
+    return InvalidJSONError(f"JSON document of more than {_human(limit)}", uri=source.uri)
+
+
+def _inflate(data: bytearray, source: _Source, coding: str) -> bytes:
+    """Undo Content-Encoding gzip or deflate, and no more of it than the ceiling (gzip bombs)."""
+    import zlib
+
+    for coding in reversed([c.strip().lower() for c in coding.split(",")]):
+        if coding in ("", "identity", "aws-chunked"):
+            continue
+        if coding not in ("gzip", "x-gzip", "deflate"):
+            raise InvalidJSONError(
+                f"Unknown Content-Encoding {_printable(coding)!r}", uri=source.uri
+            )
+        raw = coding == "deflate" and data[:1] != b"\x78"  # some send deflate without zlib's header
+        inflater = zlib.decompressobj(-15 if raw else 47)
+        try:
+            out = inflater.decompress(data, _JSON_LIMIT + 1)
+        except zlib.error as error:
+            raise InvalidJSONError(f"Invalid {coding} data: {error}", uri=source.uri) from None
+        if len(out) > _JSON_LIMIT:
+            raise _too_large(source, _JSON_LIMIT)
+        if not inflater.eof:
+            raise InvalidJSONError(f"Truncated {coding} data", uri=source.uri)
+        data = bytearray(out)
+    return bytes(data)
+
+
+def _parse_json(data: bytes, source: _Source) -> dict[str, Any]:
+    """Parse UTF-8, UTF-16 or UTF-32, with or without a byte-order mark, into a mapping."""
+    import json
+
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        hint = "This looks like an HTML page" if data.lstrip()[:1] == b"<" else None
+        raise InvalidJSONError(
+            f"Not valid JSON ({_printable(reason)})", uri=source.uri, hint=hint
+        ) from None
+    if not isinstance(document, dict):
+        kind = type(document).__name__
+        raise TypeError(f"Expected top-level JSON object, not {kind}: {_redact(source.uri)}")
+    return document
+
+
+def _read_json(source: _Source) -> dict[str, Any]:
+    """Read one document, with one fresh try where its bytes are not as promised."""
+    patience, doubted = _Patience(), False
+    while True:
+        try:
+            answer = source.read()
+            if answer.status != 200:
+                answer.body.close()
+                raise TransferError("Unexpected answer", uri=source.uri, status=answer.status)
+            data = _collect(source, answer, _JSON_LIMIT, patience)
+            _check_bytes(source, answer, data)
+        except _Changed:
+            patience.after(TransferError("The object keeps changing", uri=source.uri, retry="soon"))
+        except IntegrityError:
+            if doubted:
+                raise
+            doubted = True
+        except TransferError as error:
+            patience.after(error)
+        else:
+            _QUOTA.give()
+            plain = _inflate(data, source, answer.headers.get("content-encoding", ""))
+            return _parse_json(plain, source)
+
+
+def _is_offline(offline: bool = False) -> bool:
+    """Tell whether the caller or AIND_S3_CACHE_OFFLINE forbids the network."""
+    flag = os.environ.get("AIND_S3_CACHE_OFFLINE", "")
+    return offline or flag.lower() in ("1", "true", "yes", "on")
+
+
+def _cached_json(uri: str, access: _Access) -> dict[str, Any]:
+    """Return a document from the default cache: offline, that is all there is."""
+    for source in access.sources(uri):
+        if isinstance(source, _File):
+            return _read_json(source)
+        store = _Store(_default_cache_dir())
+        for entry in store.find(_ident(source), access.anonymous is not True):
+            return _read_json(_File(entry.path))
+        break
+    raise OfflineError("Not in the cache, and offline", uri=uri)
+
+
+def _load_json(uri: str, access: _Access) -> dict[str, Any]:
+    if _is_offline():
+        return _cached_json(uri, access)
+    return access.attempt(uri, None, _read_json)
+
+
+def get_json_s3(
+    bucket: str,
+    key: str,
+    s3_client: Any = None,
+    anonymous: bool | None = None,
+    anon: bool | None = None,
+) -> dict[str, Any]:
+    """Read a JSON object from S3.
+
+    Parameters
+    ----------
+    bucket, key : str
+        Exact, as `parse_s3_uri` returns them.
+    s3_client : boto3 S3 client, optional
+        Used whatever it is configured for.
+    anonymous : bool, optional
+        None: unsigned first, signed if that is refused and boto3 has credentials. True: unsigned
+        only. False: signed only.
+    anon : bool, optional
+        Deprecated name of `anonymous`.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    NotFoundError, AccessDeniedError, TransferError, IntegrityError
+        As in `get_local_path_for_resource`.
+    InvalidJSONError
+        Not JSON, more than 256 MiB, nested too deeply, or a broken Content-Encoding.
+    TypeError
+        The document is not a mapping.
+    MissingDependencyError, botocore.exceptions.NoCredentialsError
+        Signed access without boto3, or without credentials.
+    OfflineError
+        ``AIND_S3_CACHE_OFFLINE`` is set and the default cache does not hold the object.
+    """
+    if anon is not None:
+        import warnings
+
+        warnings.warn("'anon' is deprecated, use 'anonymous'", DeprecationWarning, stacklevel=2)
+        anonymous = anon
+    return _load_json(f"s3://{bucket}/{key}", _Access(anonymous, s3_client))
+
+
+def get_json_s3_uri(
+    uri: str, s3_client: Any = None, anonymous: bool | None = None
+) -> dict[str, Any]:
+    """Read a JSON object from an ``s3://`` URI; all else is as in `get_json_s3`.
+
+    Raises
+    ------
+    ValueError
+        Not an S3 URI.
+    """
+    bucket, key = parse_s3_uri(uri)
+    return get_json_s3(bucket, key, s3_client, anonymous)
+
+
+def get_json_url(url: str) -> dict[str, Any]:
+    """Read a JSON object from an http(s) URL; errors are as in `get_json_s3`.
+
+    Raises
+    ------
+    ValueError
+        Not an http(s) URL.
+    """
+    if _scheme(_text(url)) not in ("http", "https"):
+        raise ValueError(f"Not an http(s) URL: {_redact(_text(url))!r}")
+    return _load_json(_text(url), _Access())
+
+
+def get_json(
+    file_url_or_bucket: StrPath,
+    key: str | None = None,
+    s3_client: Any = None,
+    anonymous: bool | None = None,
+    anon: bool | None = None,
+) -> dict[str, Any]:
+    """Read a JSON object from S3, a URL or a file. Reads, does not cache.
+
+    To cache: ``get_json(get_local_path_for_resource(uri))``.
+
+    Parameters
+    ----------
+    file_url_or_bucket : str or os.PathLike
+        ``s3://bucket/key``, an http(s) URL, a ``file:`` URI or a path; or a bucket, with `key`.
+    key : str, optional
+        Key in the bucket.
+    s3_client, anonymous, anon
+        As in `get_json_s3`; of no effect on URLs and files.
+
+    Returns
+    -------
+    dict
+        UTF-8, UTF-16 and UTF-32 are understood, with or without a byte-order mark, and so are
+        ``Content-Encoding: gzip`` and ``deflate``. As in 0.1, NaN and Infinity are accepted.
+
+    Raises
+    ------
+    ValueError
+        A URL of another scheme.
+    NotFoundError, AccessDeniedError, TransferError, IntegrityError, InvalidJSONError, TypeError
+        As in `get_json_s3`.
+    """
+    text = _text(file_url_or_bucket)
+    if key is not None:
+        return get_json_s3(text, key, s3_client, anonymous, anon)
+    scheme = _scheme(text)
+    if scheme == "s3":
+        return get_json_s3(*parse_s3_uri(text), s3_client, anonymous, anon)
+    if scheme in ("http", "https"):
+        return get_json_url(text)
+    return _read_json(_File(_local_path(text)))
+
+
+# ==== 9 Cache =====================================================================================
+# Policy: joins sources and store. Localize one, many, a tree; CacheManager.
+
+
+class LocalizedResource(_Record):
+    """Where a resource is on this machine. Immutable, comparable, picklable, `os.PathLike`.
+
+    Attributes
+    ----------
+    path : pathlib.Path
+        Absolute. Its content never changes: a new version of the object gets a new path.
+    from_cache : bool
+        True if nothing was downloaded.
+    source : str
+        ``"s3"``, ``"http"`` or ``"local"``.
+    status : str
+        ``"downloaded"``; ``"revalidated"`` (the server said unchanged); ``"fresh"`` (no request:
+        within `max_age`, or offline); ``"stale"`` (the server could not be reached); ``"local"``.
+    uri : str
+        What was asked for, without user, password and query.
+    etag : str or None
+        As the server sent it, quotes included.
+    size : int or None
+        Bytes.
+    """
+
+    __slots__ = ("_path", "from_cache", "source", "status", "uri", "etag", "size")  # noqa: RUF023
+    _path: str
+    from_cache: bool
+    source: str
+    status: str
+    uri: str
+    etag: str | None
+    size: int | None
+
+    def __init__(
+        self,
+        path: StrPath,
+        from_cache: bool,
+        source: str,
+        status: str | None = None,
+        uri: str = "",
+        etag: str | None = None,
+        size: int | None = None,
+    ) -> None:
+        if status is None:
+            status = "local" if source == "local" else "fresh" if from_cache else "downloaded"
+        values = os.fspath(path), from_cache, source, status, uri, etag, size
+        for slot, value in zip(self.__slots__, values):
+            object.__setattr__(self, slot, value)
+
+    @property
+    def path(self) -> Path:
+        """Where it is, as an absolute `pathlib.Path`."""
+        from pathlib import Path
+
+        return Path(self._path)
+
+    def __fspath__(self) -> str:
+        return self._path
+
+
+class _Meter:
+    """Passes byte counts to the caller's progress, from any thread."""
+
+    def __init__(self, callback: Callable[[int], object]) -> None:
+        self._callback, self._lock = callback, threading.Lock()
+
+    def __call__(self, size: int) -> None:
+        with self._lock:
+            self._callback(size)
+
+    def expect(self, size: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Bar(_Meter):
+    """One line on a terminal: bytes, rate, estimate; nothing at all anywhere else."""
+
+    def __init__(self) -> None:
+        super().__init__(self._count)
+        self._done = self._total = 0
+        self._began = time.monotonic()
+        self._drawn = 0.0
+        self._shown = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+
+    def expect(self, size: int) -> None:
+        with self._lock:
+            self._total += size
+
+    def _count(self, size: int) -> None:
+        self._done += size
+        now = time.monotonic()
+        if self._shown and now - self._drawn > 0.1:
+            self._drawn = now
+            self._draw(now)
+
+    def _draw(self, now: float) -> None:
+        rate = self._done / max(now - self._began, 0.001)
+        line = f"{_human(self._done)} at {_human(rate)}/s"
+        if self._total > self._done:
+            left = (self._total - self._done) / max(rate, 1.0)
+            line += (
+                f", {100 * self._done // self._total} % of {_human(self._total)}, {left:.0f} s left"
+            )
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        if self._drawn:
+            self._draw(time.monotonic())
+            sys.stderr.write("\n")
+
+
+def _meter(progress: Progress) -> _Meter | None:
+    if not progress:
+        return None
+    if progress is True:
+        return _Bar()
+    return progress if isinstance(progress, _Meter) else _Meter(progress)
+
+
+class _Options:
+    """How to localize: one set for one, many and trees, and for other processes."""
+
+    def __init__(
+        self,
+        *,
+        cache_dir: StrPath | None = None,
+        s3_client: Any = None,
+        anonymous: bool | None = None,
+        max_concurrency: int = 16,
+        multipart_threshold_bytes: int = _SMALL,
+        max_age: float = 0,
+        offline: bool = False,
+        stale_if_error: bool = False,
+        version_id: str | None = None,
+    ) -> None:
+        if max_concurrency < 1 or multipart_threshold_bytes < 1:
+            raise ValueError("max_concurrency and multipart_threshold_bytes must be at least 1")
+        self.cache_dir = (
+            None if cache_dir is None else os.path.abspath(os.path.expanduser(_text(cache_dir)))
+        )
+        self.access = _Access(anonymous, s3_client)
+        self.max_concurrency, self.threshold = max_concurrency, multipart_threshold_bytes
+        self.max_age, self.offline, self.stale_if_error = max_age, offline, stale_if_error
+        self.version = version_id
+        self.meter: _Meter | None = None
+        self.switch: _Stop | None = None
+
+    @property
+    def store(self) -> _Store:
+        return _Store(_default_cache_dir() if self.cache_dir is None else self.cache_dir)
+
+    @property
+    def asked(self) -> int:
+        """How many bytes the first range asks for: whole chunks, and no more than fit in memory."""
+        return max(_CHUNK, min(self.threshold, _SMALL) // _CHUNK * _CHUNK)
+
+
+_FLIGHTS: dict[tuple[str, str], tuple[Any, list[int]]] = {}
+_FLIGHTS_LOCK = threading.Lock()
+
+
+class _Flight:
+    """Lets one thread of this process at a time fetch an object; the thread may enter twice."""
+
+    def __init__(self, store: _Store, ident: str) -> None:
+        self._key = store.root, ident
+
+    def acquire(self, blocking: bool = True) -> bool:
+        with _FLIGHTS_LOCK:
+            lock, users = _FLIGHTS.setdefault(self._key, (threading.RLock(), [0]))
+            users[0] += 1
+        got = False
+        try:
+            got = bool(lock.acquire(blocking))
+        finally:
+            if not got:
+                self._leave()
+        return got
+
+    def release(self) -> None:
+        _FLIGHTS[self._key][0].release()
+        self._leave()
+
+    def _leave(self) -> None:
+        with _FLIGHTS_LOCK:
+            users = _FLIGHTS[self._key][1]
+            users[0] -= 1
+            if not users[0]:
+                del _FLIGHTS[self._key]
+
+    def __enter__(self) -> _Flight:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _after_fork() -> None:
+    """Forget, in the child, locks that other threads of the parent held, and boto3's sockets."""
+    global _FLIGHTS_LOCK, _CLIENT_LOCK
+    _FLIGHTS_LOCK, _CLIENT_LOCK = threading.Lock(), threading.Lock()
+    _FLIGHTS.clear()
+    _CLIENTS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Crew:
+    """Threads for one job: as many as it turns out to need, gone when it ends however it ends."""
+
+    def __init__(self, work: Callable[[], None], switch: _Stop) -> None:
+        self._work, self._switch = work, switch
+        self._changed = threading.Condition()
+        self.active = 0
+        self._errors: list[BaseException] = []
+
+    def _body(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._errors.append(error)
+            self._switch.stop()
+        with self._changed:
+            self.active -= 1
+            self._changed.notify_all()
+
+    def _start(self, count: int) -> None:
+        for _ in range(count):
+            with self._changed:
+                self.active += 1
+            try:
+                threading.Thread(target=self._body, daemon=True).start()
+            except RuntimeError:  # at interpreter exit, or out of threads: work here
+                if self.active > 1:
+                    with self._changed:
+                        self.active -= 1
+                    return
+                self._body()
+
+    def run(self, start: int, grow: Callable[[int], int]) -> None:
+        """Work with ``start`` threads; every 50 ms ``grow(active)`` says how many more."""
+        try:
+            self._start(start)
+            while True:
+                with self._changed:
+                    if not self.active or self._changed.wait_for(self._idle, 0.05):
+                        break
+                if not self._errors:
+                    self._start(grow(self.active))
+        except BaseException:
+            self._switch.stop()
+            with self._changed:
+                self._changed.wait_for(self._idle, 0.8)
+            raise
+        if self._errors:
+            raise self._errors[0]
+
+    def _idle(self) -> bool:
+        return not self.active
+
+
+class _Behind:
+    """Hashes a growing partial file in order, beside its download."""
+
+    def __init__(self, file: _Partial, name: str) -> None:
+        self._file, self._hash = file, _hasher(name)
+        self._stop = False
+        file.hold()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        try:
+            self._thread.start()
+            self._started = True
+        except RuntimeError:
+            self._started = False
+
+    def _run(self) -> None:
+        try:
+            index = 0
+            while index < self._file.count and not self._stop:
+                if self._file.state[index] != 2:
+                    time.sleep(0.005)
+                    continue
+                start, stop = self._file.chunk(index)
+                self._hash.update(_read_at(self._file.fd, start, stop - start))
+                index += 1
+        finally:
+            self._file.release()
+
+    def digest(self) -> bytes:
+        """Return the digest of the whole file, which is complete by now."""
+        if self._started:
+            self._thread.join()
+        else:
+            self._run()
+        return bytes(self._hash.digest())
+
+    def cancel(self) -> None:
+        self._stop = True
+        if not self._started:
+            self._file.release()
+
+
+def _read_at(fd: int, start: int, size: int) -> bytes:
+    """Read exactly so many bytes of our own file."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, size, start)
+    with _SEEK_LOCK:
+        os.lseek(fd, start, os.SEEK_SET)
+        return os.read(fd, size)
+
+
+class _Download:
+    """A large object on its way to disk: parallel ranges, each pinned to one version."""
+
+    def __init__(
+        self, source: _Source, answer: _Answer, file: _Partial, opt: _Options, first: bool
+    ) -> None:
+        assert answer.etag is not None and answer.total is not None
+        self.source, self.answer, self.file, self.opt = source, answer, file, opt
+        self.etag, self.total = answer.etag, answer.total
+        self.first: _Answer | None = answer if first else None
+        self.single = first and answer.status == 200
+        self.switch = _Stop(opt.switch)
+        self.received = 0
+        self.span = min(_SPAN, max(_CHUNK, self.total // (4 * opt.max_concurrency)))
+        self.limit = 1 if self.single or self.total <= opt.threshold else opt.max_concurrency
+
+    def count(self, size: int) -> None:
+        self.received += size
+        if self.opt.meter:
+            self.opt.meter(size)
+
+    def work(self) -> None:
+        """Fetch runs of chunks until none is free: what one worker does."""
+        self.file.hold()
+        try:
+            buffer = memoryview(bytearray(_BUFFER))
+            patience = _Patience(self.switch)
+            while True:
+                with self.file.lock:
+                    first, self.first = self.first, None
+                if first:
+                    self._fetch(first, 0, first.stop or self.total, buffer, patience)
+                    continue
+                run = self.file.take(self.span)
+                if run is None:
+                    return
+                self.switch.check()
+                self._fetch(None, *run, buffer, patience)
+        finally:
+            self.file.release()
+
+    def _fetch(
+        self, answer: _Answer | None, start: int, stop: int, buffer: memoryview, patience: _Patience
+    ) -> None:
+        sink = _Chunks(self.file, start, self.total, buffer, self.count)
+        if answer is None:
+            answer = _resume(self.source, sink, stop, self.etag, self.total, patience)
+            if answer.status == 200:
+                answer.body.close()
+                raise _RangeIgnored
+        _pull(self.source, answer, sink, stop, self.total, patience)
+        _QUOTA.give()
+
+    def run(self, found: Callable[[], _Entry | None]) -> _Entry | None:
+        """Bring all chunks; return the entry instead if a peer publishes it first."""
+        began = scanned = time.monotonic()
+        seen, entry = 0, None
+
+        def grow(active: int) -> int:
+            nonlocal began, scanned, seen, entry
+            now = time.monotonic()
+            if now - scanned > 1.0 and self.file.shared:
+                scanned = now
+                self.file.adopt()
+                entry = found()
+                if entry:
+                    self.switch.stop()
+                    return 0
+            rate, began, seen = (self.received - seen) / (now - began), now, self.received
+            free = self.file.state.count(0) * _CHUNK // self.span + 1
+            slow = rate < active * _WORKER_RATE
+            return min(active, self.limit - active, free) if slow else 0
+
+        runs = -(-self.file.state.count(0) * _CHUNK // self.span) + (self.first is not None)
+        crew = _Crew(self.work, self.switch)
+        try:
+            crew.run(max(1, min(_WORKERS_START, self.limit, runs)), grow)
+        except TransferError:
+            if not entry:
+                raise
+        finally:
+            self.close()
+        return entry
+
+    def close(self) -> None:
+        if self.first:
+            self.first.body.close()
+        if self.opt.switch:
+            self.opt.switch.drop(self.switch)
+
+
+def _find_version(store: _Store, source: _Source, ident: str, answer: _Answer) -> _Entry | None:
+    """Return the entry that holds the very version which an answer is of."""
+    for entry in store.find(ident, source.signed):
+        if _is_same(entry, answer):
+            return entry
+    return None
+
+
+def _is_same(entry: _Entry, answer: _Answer) -> bool:
+    """Tell whether an entry holds what an answer brings: same ETag, or same date and size."""
+    validator = _validator(answer)
+    if not validator or entry.validator != validator or answer.status not in (200, 206):
+        return False
+    return answer.total == entry.size or (answer.total is None and validator[0] != "m")
+
+
+def _await_peer(
+    store: _Store, ident: str, lock: _Lock | None, found: Callable[[], T | None]
+) -> T | None:
+    """Wait while another process's download grows; return what it published, or None: our turn.
+
+    With a lock, it is our turn as soon as we get it; without, when the peer's partial file is gone.
+    """
+    pulse, since = -1, time.monotonic()
+    while True:
+        result = found()
+        if result or (lock and lock.acquire()):
+            return result
+        beat = store.pulse(ident)
+        if beat != pulse:
+            pulse, since = beat, time.monotonic()
+        if (not beat and not lock) or time.monotonic() - since > _PEER_PATIENCE:
+            return None
+        time.sleep(0.05)
+
+
+def _bring_large(
+    source: _Source, answer: _Answer, opt: _Options, store: _Store, ident: str, adopt: bool
+) -> tuple[str, bool]:
+    """Download a large object with a strong ETag; return its path, and whether a peer brought it."""
+
+    def found() -> _Entry | None:
+        return _find_version(store, source, ident, answer)
+
+    # 1. One thread of this process, then one process of all that share the directory: whoever has
+    #    to wait lets go of the answer it already has, and looks again.
+    flight, lock = _Flight(store, ident), _Lock(store, ident)
+    first = flight.acquire(blocking=False)
+    if not first:
+        answer.body.close()
+        flight.acquire()
+    try:
+        if first and not lock.acquire():
+            answer.body.close()
+            first = False
+        entry = None if first else _await_peer(store, ident, lock, found)
+        if entry and store.confirm(entry.path):
+            return entry.path, True
+        # 2. What peers and the dead left of this very version is copied, the rest is fetched.
+        return _fetch_large(source, answer, opt, store, ident, adopt, first, found)
+    finally:
+        if first:
+            answer.body.close()
+        lock.release()
+        flight.release()
+
+
+def _fetch_large(
+    source: _Source,
+    answer: _Answer,
+    opt: _Options,
+    store: _Store,
+    ident: str,
+    adopt: bool,
+    first: bool,
+    found: Callable[[], _Entry | None],
+) -> tuple[str, bool]:
+    """Fetch, check and publish what nobody else has published."""
+    assert answer.total is not None
+    validator, total = _validator(answer), answer.total
+    version = _digest(validator, str(total), str(_CHUNK), str(source.signed))[:16]
+    file = _Partial(store, ident, version, total, source.signed)
+    hashers: list[tuple[_Behind, bytes]] = []
+    try:
+        if first:
+            file.take_first(answer.stop or 0)
+        if opt.meter:
+            opt.meter.expect(total)
+        copied = file.adopt() if adopt else 0
+        _log(_INFO, "downloading %s: %d bytes, %d of them found", source.uri, total, copied)
+        hashers = [(_Behind(file, name), want) for name, want in _digests(source, answer)]
+        entry = _run_download(_Download(source, answer, file, opt, first), found)
+        if entry and store.confirm(entry.path):
+            file.discard()
+            return entry.path, True
+        if any(hasher.digest() != want for hasher, want in hashers):
+            raise _mismatch(source, "md5")
+        name = store.name(ident, source.signed, validator, total, _checksum(file.crcs), source.name)
+        path = file.publish(store.shard(ident), name)
+        _QUOTA.give()
+        return path, False
+    except BaseException as error:
+        for hasher, _ in hashers:
+            hasher.cancel()
+        keep = isinstance(error, (TransferError, KeyboardInterrupt)) and 2 in file.state
+        if not keep:
+            file.discard()
+        raise
+    finally:
+        file.close()
+
+
+def _run_download(download: _Download, found: Callable[[], _Entry | None]) -> _Entry | None:
+    """Run a download; where the server turns out to ignore ranges, once more as a single stream."""
+    try:
+        return download.run(found)
+    except _RangeIgnored:
+        file = download.file
+        with file.lock:
+            file.state[:] = bytes(file.count)
+        again = download.source.read(if_match=download.etag, switch=download.opt.switch)
+        if again.status != 200 or again.etag != download.etag or again.total != download.total:
+            again.body.close()
+            raise _Changed from None
+        file.take_first(download.total)
+        return _Download(download.source, again, file, download.opt, True).run(found)
+
+
+def _bring_stream(
+    source: _Source, answer: _Answer, opt: _Options, store: _Store, ident: str, patience: _Patience
+) -> str:
+    """Write one body to disk in order: of medium size, or of a length that nobody knows yet."""
+    digests = _digests(source, answer)
+    validator = _validator(answer)
+    names = [name for name, _ in digests] or ([] if validator else ["sha256"])
+    if opt.meter and answer.total is not None:
+        opt.meter.expect(answer.total)
+    file = _Spool(store, ident, source.signed, answer.total or 0, names)
+    try:
+        buffer = memoryview(bytearray(_BUFFER))
+        sink = _Chunks(file, 0, answer.total, buffer, opt.meter)
+        if answer.total is None:
+            _pull_to_end(answer, sink)
+        else:
+            _pull(source, answer, sink, answer.total, answer.total, patience)
+        for name, want in digests:
+            if file.digest(name) != want:
+                raise _mismatch(source, name)
+        if not validator:
+            validator = "n" + file.digest("sha256").hex()[:20]
+        crc = _checksum(file.crcs)
+        name = store.name(ident, source.signed, validator, sink.at, crc, source.name)
+        return file.publish(name)
+    finally:
+        answer.body.close()
+        file.close()
+
+
+def _bring_small(
+    source: _Source, answer: _Answer, opt: _Options, store: _Store, ident: str, patience: _Patience
+) -> str:
+    """Keep a small object in memory until it is whole and checked, then write it at once."""
+    assert answer.total is not None
+    sink = _Bytes(answer.total, opt.meter)
+    if opt.meter:
+        opt.meter.expect(answer.total)
+    _pull(source, answer, sink, answer.total, answer.total, patience)
+    _check_bytes(source, answer, sink.data)
+    validator = _validator(answer)
+    if not validator:
+        sha = _hasher("sha256")
+        sha.update(sink.data)
+        validator = "n" + sha.hexdigest()[:20]
+    crc = _crc_of_bytes(sink.view)
+    name = store.name(ident, source.signed, validator, answer.total, crc, source.name)
+    return store.add(ident, name, sink.view, source.signed)
+
+
+def _fetch(
+    source: _Source, opt: _Options, store: _Store, ident: str, held: list[_Entry]
+) -> LocalizedResource:
+    """Ask the server once, with what we hold as the condition, and do what its answer says."""
+    patience, changes, plain, doubted = _Patience(opt.switch), 0, False, False
+    while True:
+        newest = held[0] if held and not plain else None
+        etag, modified = (newest.etag, newest.modified) if newest else (None, None)
+        try:
+            if plain:
+                answer = source.read(switch=opt.switch)
+            else:
+                answer = source.read(
+                    0,
+                    opt.asked,
+                    if_none_match=etag,
+                    if_modified_since=modified,
+                    switch=opt.switch,
+                )
+            same = next((entry for entry in held if _is_same(entry, answer)), None)
+            try:
+                verdict = _judge(answer, bool(etag or modified), same is not None, opt.asked)
+            except BaseException:
+                answer.body.close()
+                raise
+            if verdict == "unchanged":
+                answer.body.close()
+                entry = same or newest
+                assert entry is not None
+                if store.confirm(entry.path):
+                    return _held(source, entry, "revalidated")
+                held = []  # gone since we looked: ask without a condition
+            elif verdict == "again":
+                answer.body.close()
+                if plain:
+                    raise TransferError(
+                        "The server refuses to send the object", status=answer.status
+                    )
+                plain = True
+            else:
+                path, shared = _bring(verdict, source, answer, opt, store, ident, patience, doubted)
+                _QUOTA.give()
+                if shared:
+                    return _held(source, _Entry(*os.path.split(path)), "revalidated")
+                entry = _Entry(*os.path.split(path))
+                _log(_INFO, "downloaded %s: %d bytes", source.uri, entry.size)
+                return _held(source, entry, "downloaded")
+        except _Changed:
+            changes += 1
+            if changes > _CHANGES:
+                message = f"The object changed {changes} times while it was downloaded"
+                raise IntegrityError(message, uri=source.uri) from None
+        except IntegrityError:
+            if doubted:
+                raise
+            doubted = True  # once more, and nothing of the first try is used
+        except TransferError as error:
+            error.uri = error.uri or source.uri
+            patience.after(error)
+
+
+def _bring(
+    verdict: str,
+    source: _Source,
+    answer: _Answer,
+    opt: _Options,
+    store: _Store,
+    ident: str,
+    patience: _Patience,
+    doubted: bool,
+) -> tuple[str, bool]:
+    """Bring an object in the way that fits it; True if in the end a peer did."""
+    if (
+        verdict == "parts"
+        and (answer.total or 0) > _SMALL
+        or answer.status == 206
+        and not answer.whole
+    ):
+        return _bring_large(source, answer, opt, store, ident, adopt=not doubted)
+    if answer.total is not None and answer.total <= _CHUNK:
+        return _bring_small(source, answer, opt, store, ident, patience), False
+    return _bring_stream(source, answer, opt, store, ident, patience), False
+
+
+def _held(source: _Source, entry: _Entry, status: str) -> LocalizedResource:
+    return LocalizedResource(
+        entry.path,
+        status != "downloaded",
+        source.kind,
+        status,
+        source.uri,
+        entry.etag,
+        entry.size,
+    )
+
+
+def _cached(source: _Source, opt: _Options) -> LocalizedResource:
+    """Return one object from the cache, from the server, or from whichever of the two can."""
+    store, ident = opt.store, _ident(source)
+    # 1. What we hold. Private entries are for whoever asks with credentials, or for callers who
+    #    do not insist on going without.
+    entries = store.find(ident, source.signed or opt.access.anonymous is not True)
+    if _is_offline(opt.offline):
+        if not entries:
+            raise OfflineError("Not in the cache, and offline", uri=source.uri)
+        store.used(entries[0].path, entries[0].stamp)
+        return _held(source, entries[0], "fresh")
+    # 2. Young enough: no request.
+    if opt.max_age > 0 and entries:
+        if 0 <= time.time() - store.validated(entries[0]) <= opt.max_age:
+            store.used(entries[0].path, entries[0].stamp)
+            return _held(source, entries[0], "fresh")
+    held = entries if source.signed else [entry for entry in entries if not entry.private]
+    # 3. Ask; threads that miss together ask one after the other.
+    try:
+        if held:
+            return _fetch(source, opt, store, ident, held)
+        with _Flight(store, ident):
+            if store.recently_partial():
+                _await_peer(store, ident, None, lambda: None)
+            return _fetch(source, opt, store, ident, store.find(ident, source.signed))
+    except TransferError as error:
+        stale = [entry for entry in entries if source.signed or not entry.private]
+        if not opt.stale_if_error or not stale or (error.status or 500) < 429:
+            raise
+        _warn("serving a stale copy of %s: %s", source.uri, error)
+        store.used(stale[0].path, stale[0].stamp)
+        return _held(source, stale[0], "stale")
+
+
+def _warn(text: str, *args: object) -> None:
+    """Log a warning, also in a process that has not imported ``logging`` yet."""
+    import logging  # noqa: F401
+
+    _log(_WARNING, text, *args)
+
+
+# A tree: a listing, the objects it names, and a directory of hard links to them.
+
+
+def _list_all(source: _S3, prefix: str, switch: _Stop | None) -> list[_Key]:
+    """Return all objects below a prefix; directory markers left out."""
+    found: list[_Key] = []
+    token: str | None = None
+    seen: set[str] = set()
+    while True:
+        patience = _Patience(switch)
+        while True:
+            try:
+                keys, token = source.list_page(prefix, token)
+                break
+            except TransferError as error:
+                patience.after(error)
+        found += [key for key in keys if not (key.key.endswith("/") and key.size == 0)]
+        if token is None:
+            return found
+        if token in seen:
+            raise TransferError("The listing repeats itself", uri=source.uri)
+        seen.add(token)
+
+
+_RESERVED = frozenset(
+    "con prn aux nul com1 com2 com3 com4 com5 com6 com7 com8 com9 "
+    "lpt1 lpt2 lpt3 lpt4 lpt5 lpt6 lpt7 lpt8 lpt9".split()
+)
+
+
+def _unsafe(part: str) -> bool:
+    """Tell whether a part of a key cannot be a file name here."""
+    if part in ("", ".", "..") or "\0" in part or len(os.fsencode(part)) > 255:
+        return True
+    if os.name != "nt":
+        return False
+    stem = part.partition(".")[0].rstrip().lower()
+    return stem in _RESERVED or part[-1] in ". " or any(c in '<>:"\\|?*' or c < " " for c in part)
+
+
+def _tree_names(keys: list[_Key], prefix: str, folds: bool) -> list[str]:
+    """Return each key's path relative to the prefix, or refuse the key that has none, by name."""
+    names = [key.key[len(prefix) :] for key in keys]
+    fold = str.casefold if folds else str
+    files: dict[str, str] = {}
+    for key, name in zip(keys, names):
+        if any(map(_unsafe, name.split("/"))):
+            raise CacheError(f"Cannot be a file name: {key.key!r}", errno=errno.EINVAL)
+        twin = files.setdefault(fold(name), name)
+        if twin != name:
+            raise CacheError(f"Differ only in case: {twin!r}, {name!r}", errno=errno.EEXIST)
+    folders: dict[str, str] = {}
+    for name in names:
+        at = name.rfind("/")
+        while at > 0 and name[:at] not in folders:
+            folder = name[:at]
+            if fold(folder) in files:
+                raise CacheError(f"Both file and directory: {folder!r}", errno=errno.ENOTDIR)
+            if folders.setdefault(fold(folder), folder) != folder:
+                raise CacheError(f"Directories differ only in case: {folder!r}", errno=errno.EEXIST)
+            folders[folder] = folder
+            at = name.rfind("/", 0, at)
+    return names
+
+
+def _folds_case(store: _Store) -> bool:
+    """Tell whether this file system takes ``A`` for ``a``; the cache's tag is there to ask."""
+    return os.path.exists(os.path.join(store.root, "cachedir.tag"))
+
+
+def _by_cpu(limit: int) -> Callable[[int], int]:
+    """Return a rule for growing a crew: while its threads wait for the network, twice as many."""
+    wall, cpu = time.monotonic(), time.process_time()
+
+    def grow(active: int) -> int:
+        nonlocal wall, cpu
+        now, used = time.monotonic(), time.process_time()
+        if now - wall < 0.1:
+            return 0
+        busy = (used - cpu) / (now - wall)
+        wall, cpu = now, used
+        return min(active, limit - active) if busy < 0.75 else 0
+
+    return grow
+
+
+def _each(act: Callable[[T], None], items: Iterator[T], workers: int | None, opt: _Options) -> None:
+    """Act on every item in a crew of threads; the first error stops all and is raised."""
+    lock = threading.Lock()
+    outer, switch = opt.switch, _Stop(opt.switch)
+    opt.switch = switch
+
+    def work() -> None:
+        while not switch.event.is_set():
+            with lock:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            act(item)
+
+    try:
+        grow = _by_cpu(_BATCH_LIMIT) if workers is None else lambda _: 0
+        _Crew(work, switch).run(workers or _BATCH_WORKERS, grow)
+    finally:
+        opt.switch = outer
+        if outer:
+            outer.drop(switch)
+
+
+def _link(source: str, target: str) -> None:
+    """Make a hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        import shutil
+
+        shutil.copyfile(source, target)
+        os.chmod(target, stat.S_IMODE(os.stat(source).st_mode))
+
+
+def _is_whole_tree(path: str, names: list[str], keys: list[_Key]) -> bool:
+    """Tell whether a snapshot still has every file at its size."""
+    try:
+        for name, key in zip(names, keys):
+            found = os.lstat(f"{path}/{name}")
+            if not stat.S_ISREG(found.st_mode) or found.st_size != key.size:
+                return False
+    except OSError:
+        return False
+    return True
+
+
+class _Tree:
+    """An S3 prefix as a local directory: an immutable snapshot of what one listing said."""
+
+    def __init__(self, source: _S3, opt: _Options) -> None:
+        self.source, self.opt, self.store = source, opt, opt.store
+        self.prefix = source.key if source.key.endswith("/") else source.key + "/"
+        self.id = _digest(*source.place_id[:3], self.prefix, "tree")[:20]
+        self.fetched = self.changed = False
+
+    def snapshots(self) -> list[tuple[float, str]]:
+        """Return (last validated, path) of the snapshots we hold, newest first."""
+        if not self.store.exists():
+            return []
+        private = self.source.signed or self.opt.access.anonymous is not True
+        starts = (f"{self.id}_o", f"{self.id}_p") if private else (f"{self.id}_o",)
+        held = [p for p in _list(self.store.trees) if os.path.basename(p).startswith(starts)]
+        return sorted(((_newest(path), path) for path in held), reverse=True)
+
+    def result(self, path: str, status: str, size: int | None = None) -> LocalizedResource:
+        return LocalizedResource(
+            path, status != "downloaded", "s3", status, self.source.uri, None, size
+        )
+
+    def held(self) -> LocalizedResource | None:
+        """Return what may be served without asking."""
+        offline = _is_offline(self.opt.offline)
+        for stamp, path in self.snapshots()[:1] if offline or self.opt.max_age > 0 else ():
+            if offline or 0 <= time.time() - stamp <= self.opt.max_age:
+                self.store.used(path, stamp)
+                return self.result(path, "fresh")
+        if offline:
+            raise OfflineError("Not in the cache, and offline", uri=self.source.uri)
+        return None
+
+    def localize(self) -> LocalizedResource:
+        found = self.held()
+        if found:
+            return found
+        try:
+            for _ in range(_CHANGES):
+                keys = _list_all(self.source, self.prefix, self.opt.switch)
+                if not keys:
+                    raise NotFoundError(
+                        "S3 object not found or inaccessible",
+                        uri=self.source.uri,
+                        status=404,
+                        code="NoSuchKey",
+                        hint="There is no such object, and no key below it",
+                    )
+                found = self.snapshot(keys)
+                if found:
+                    return found
+        except TransferError as error:
+            held = self.snapshots()
+            if not self.opt.stale_if_error or not held or (error.status or 500) < 429:
+                raise
+            _warn("serving a stale copy of %s: %s", self.source.uri, error)
+            return self.result(held[0][1], "stale")
+        raise IntegrityError("The tree keeps changing", uri=self.source.uri)
+
+    def snapshot(self, keys: list[_Key]) -> LocalizedResource | None:
+        """Return the directory that a listing describes; None if it changes meanwhile."""
+        names = _tree_names(keys, self.prefix, False)
+        size = sum(key.size for key in keys)
+        lines = (f"{name}\0{key.etag}\0{key.size}" for name, key in zip(names, keys))
+        access = "p" if self.source.signed else "o"
+        head = f"{self.id}_{access}{_digest(*lines)[:16]}_"
+        tail = _tail(self.source.name, _NAME_LIMIT - len(head))
+        path = os.path.join(self.store.trees, head + tail)
+        if _is_whole_tree(path, names, keys):
+            self.store.confirm(path)
+            return self.result(path, "revalidated", size)
+        with _Disk(self.store.trees):
+            self.store.make(self.store.trees)
+            if _folds_case(self.store):
+                _tree_names(keys, self.prefix, True)
+            aside = os.path.join(self.store.trees, f".t{_random()}")
+            os.mkdir(aside, 0o700 if self.source.signed else 0o777)
+        try:
+            self.fill(aside, names, keys)
+            if self.changed:
+                return None
+            self.publish(aside, path, names, keys)
+        finally:
+            _remove_tree(aside)
+        return self.result(path, "downloaded" if self.fetched else "revalidated", size)
+
+    def fill(self, aside: str, names: list[str], keys: list[_Key]) -> None:
+        """Link every file into the directory, fetching what we do not hold."""
+        self.changed = False
+        with _Disk(aside):
+            for folder in sorted({name.rpartition("/")[0] for name in names} - {""}):
+                os.makedirs(os.path.join(aside, folder), exist_ok=True)
+
+        def bring(item: tuple[str, _Key]) -> None:
+            name, key = item
+            for _ in range(3):
+                path = self.file(key)
+                try:
+                    with _Disk(aside, key.size):
+                        return _link(path, f"{aside}/{name}")
+                except CacheError as error:
+                    if error.errno != errno.ENOENT:  # pruned between the look and the link
+                        raise
+            raise CacheError("An entry disappears while it is linked", uri=self.source.uri)
+
+        _each(bring, zip(names, keys), None, self.opt)
+
+    def file(self, key: _Key) -> str:
+        """Return the entry of one file of the listing, downloaded if we do not hold it."""
+        source = self.source.child(key.key)
+        ident = _ident(source)
+        for entry in self.store.find(ident, source.signed):
+            if key.etag and entry.etag == key.etag and entry.size == key.size:
+                return entry.path
+        with _Flight(self.store, ident):
+            found = _fetch(source, self.opt, self.store, ident, [])
+        self.fetched = self.fetched or not found.from_cache
+        if found.size != key.size or (key.etag and found.etag != key.etag):
+            self.changed = True
+        return os.fspath(found)
+
+    def publish(self, aside: str, path: str, names: list[str], keys: list[_Key]) -> None:
+        """Make the directory visible; a damaged one of the same name makes room."""
+        with _Disk(path):
+            os.utime(aside)
+            try:
+                return os.rename(aside, path)
+            except OSError:
+                if _is_whole_tree(path, names, keys):  # a peer was faster
+                    return
+            old = os.path.join(self.store.trees, f".t{_random()}")
+            os.rename(path, old)
+            os.rename(aside, path)
+        _remove_tree(old)
+
+
+def _local(text: str) -> LocalizedResource:
+    """Return a local path as it is."""
+    path = _local_path(text)
+    try:
+        size = os.stat(path).st_size if path else None
+    except (OSError, ValueError):
+        size = None
+    if size is None:
+        raise NotFoundError(f"Local path not found: {_printable(text)!r}")
+    return LocalizedResource(path, False, "local", "local", text, None, size)
+
+
+def _localize(text: str, opt: _Options) -> LocalizedResource:
+    """Localize one resource of any kind."""
+    scheme = _scheme(text)
+    if scheme not in ("s3", "http", "https"):
+        if opt.version is not None:
+            raise ValueError("version_id is for s3:// objects")
+        return _local(text)
+    if scheme == "s3" and not parse_s3_uri(text)[1].strip("/"):
+        raise ValueError(f"Not a valid S3 URI of an object or tree: {text!r} ({_S3_FORM})")
+
+    def tree(source: _Source) -> LocalizedResource:
+        assert isinstance(source, _S3)
+        return _Tree(source, opt).localize()
+
+    if scheme == "s3" and text.endswith("/"):
+        return opt.access.attempt(text, opt.version, tree)
+    try:
+        return opt.access.attempt(text, opt.version, lambda source: _cached(source, opt))
+    except (NotFoundError, OfflineError) as missing:
+        plain_object = scheme != "s3" or opt.version is not None
+        if plain_object or getattr(missing, "code", None) not in (None, "NoSuchKey"):
+            raise
+        try:
+            return opt.access.attempt(text, None, tree)
+        except (NotFoundError, AccessDeniedError, OfflineError):
+            raise missing from None
+
+
+def get_local_path_for_resource(
+    uri_or_path: StrPath,
+    *,
+    cache_dir: StrPath | None = None,
+    s3_client: Any = None,
+    anonymous: bool | None = None,
+    max_concurrency: int = 16,
+    multipart_threshold_bytes: int = 8 * 1024 * 1024,
+    max_age: float = 0,
+    offline: bool = False,
+    stale_if_error: bool = False,
+    version_id: str | None = None,
+    progress: Progress = None,
+) -> LocalizedResource:
+    """Return a local path for an S3 object or tree, a URL or a local path.
+
+    Parameters
+    ----------
+    uri_or_path : str or os.PathLike
+        ``s3://bucket/key`` (exact key); ``s3://bucket/prefix/``, or without the slash where no
+        such object exists, for a directory tree; an http(s) URL; ``file:`` or a local path, which
+        is returned as it is.
+    cache_dir : str or os.PathLike, optional
+        Default: ``AIND_S3_CACHE_DIR``, else ``XDG_CACHE_HOME``, else ``~/.cache``
+        (``%LOCALAPPDATA%`` on Windows), else a private directory below the temp directory.
+        Everything of ours is in its ``aind-s3-cache`` folder.
+    s3_client : boto3 S3 client, optional
+        Used whatever it is configured for.
+    anonymous : bool, optional
+        None: unsigned first; on 401 or 403 signed, if boto3 is there and finds credentials. True:
+        unsigned only. False: signed only. What is fetched signed is kept private (mode 0600).
+    max_concurrency : int
+        Connections for one large object, at most; a fast server is given fewer.
+    multipart_threshold_bytes : int
+        Above it (bytes) an object comes in parallel ranges.
+    max_age : float
+        Seconds since the server last confirmed the entry within which it is not asked again.
+    offline : bool
+        Never touch the network: newest cached version, or `OfflineError`. Also
+        ``AIND_S3_CACHE_OFFLINE=1``.
+    stale_if_error : bool
+        Serve the last copy, with a warning in the log, if the server cannot be reached or answers
+        5xx or 429 after all retries.
+    version_id : str, optional
+        This version of an S3 object.
+    progress : bool or callable, optional
+        True: a bar on stderr, if that is a terminal. A callable gets the number of bytes just
+        received, negative where they are thrown away again (boto3's ``Callback``).
+
+    Returns
+    -------
+    LocalizedResource
+
+    Raises
+    ------
+    ValueError, TypeError
+        Not a URI, key, or option that can be. Nothing was sent or written.
+    NotFoundError, AccessDeniedError
+        Missing; refused (to an anonymous caller S3 says so of missing keys, too). Both are
+        `FileNotFoundError`, as in 0.1.
+    TransferError
+        The network or the server failed through all retries (8, or 60 s without progress).
+    IntegrityError
+        The bytes are not what was promised, or the object kept changing, twice.
+    OfflineError
+        Offline and not cached.
+    CacheError
+        The cache directory is full, not writable or not safe; ``errno`` says which.
+    MissingDependencyError, botocore.exceptions.NoCredentialsError
+        Signed access without boto3, or without credentials.
+
+    Notes
+    -----
+    One conditional ranged GET answers hit and miss alike (RFC 9110, 13.1.2 and 14.2); later ranges
+    are pinned by If-Match to the first answer's ETag.
+    """
+    opt = _Options(
+        cache_dir=cache_dir,
+        s3_client=s3_client,
+        anonymous=anonymous,
+        max_concurrency=max_concurrency,
+        multipart_threshold_bytes=multipart_threshold_bytes,
+        max_age=max_age,
+        offline=offline,
+        stale_if_error=stale_if_error,
+        version_id=version_id,
+    )
+    opt.meter = _meter(progress)
+    try:
+        return _localize(_text(uri_or_path), opt)
+    finally:
+        if opt.meter and opt.meter is not progress:
+            opt.meter.close()
+
+
+def _task(uri: str, options: dict[str, Any], collect: bool) -> LocalizedResource | Exception:
+    """Localize one resource in a worker of an executor, wherever that is."""
+    try:
+        return get_local_path_for_resource(uri, **options)
+    except Exception as error:
+        if not collect:
+            raise
+        return error
+
+
+def _unique(uris: Iterable[StrPath], order: list[int]) -> Iterator[tuple[int, str]]:
+    """Yield (index, URI) of each URI that is new, and note in order which one each was."""
+    seen: dict[str, int] = {}
+    for uri in uris:
+        text = _text(uri)
+        new = len(seen)
+        index = seen.setdefault(text, new)
+        order.append(index)
+        if index == new:
+            yield index, text
+
+
+def _sendable(options: dict[str, Any], executor: Executor) -> None:
+    """Refuse early, and by name, what cannot travel to another process."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    if isinstance(executor, ThreadPoolExecutor):
+        return
+    import pickle
+
+    for name, value in options.items():
+        try:
+            pickle.dumps(value)
+        except Exception:
+            hint = "; use anonymous=False and credentials in the environment" * (
+                name == "s3_client"
+            )
+            raise TypeError(f"{name} cannot be sent to {type(executor).__name__}{hint}") from None
+
+
+def get_local_paths_for_resources(
+    uris: Iterable[StrPath],
+    *,
+    max_workers: int | None = None,
+    executor: Executor | None = None,
+    return_exceptions: bool = False,
+    progress: Progress = None,
+    **options: Any,
+) -> list[LocalizedResource]:
+    """Localize many resources at once.
+
+    Parameters
+    ----------
+    uris : iterable of str or os.PathLike
+        May be a generator, which is read as work goes on. Each URI is asked for once.
+    max_workers : int, optional
+        Threads. Default: a few, and more as long as they wait for the network.
+    executor : concurrent.futures.Executor, optional
+        Where to work instead: threads or processes of the standard library,
+        ``dask.distributed.Client.get_executor()``, ``mpi4py.futures``. Its ``map`` is used.
+    return_exceptions : bool
+        Put errors into the list instead of raising the first one.
+    progress : bool or callable, optional
+        As in `get_local_path_for_resource`, one for the batch; with an `executor`, called as results
+        arrive.
+    **options
+        As in `get_local_path_for_resource`, for each of them.
+
+    Returns
+    -------
+    list of LocalizedResource
+        In the order asked.
+
+    Raises
+    ------
+    TypeError
+        An unknown option, or one that cannot be sent to the executor's processes.
+    S3CacheError
+        As in `get_local_path_for_resource`: the first that occurs. What was downloaded until then
+        is in the cache.
+    """
+    opt = _Options(**options)
+    if max_workers is not None and max_workers < 1:
+        raise ValueError("max_workers must be at least 1")
+    if isinstance(uris, (str, bytes, os.PathLike)):
+        raise TypeError("expected an iterable of URIs, not one: use get_local_path_for_resource")
+    order: list[int] = []
+    results: dict[int, Any] = {}
+    meter = opt.meter = _meter(progress)
+    work = _unique(uris, order)
+    try:
+        if executor is None:
+
+            def act(item: tuple[int, str]) -> None:
+                try:
+                    results[item[0]] = _localize(item[1], opt)
+                except Exception as error:
+                    if not return_exceptions or (opt.switch and opt.switch.event.is_set()):
+                        raise
+                    results[item[0]] = error
+
+            _each(act, work, max_workers, opt)
+        else:
+            _sendable(options, executor)
+            texts = [text for _, text in work]
+            task = partial(_task, options=options, collect=return_exceptions)
+            for index, result in enumerate(executor.map(task, texts)):
+                results[index] = result
+                if meter and isinstance(result, LocalizedResource) and not result.from_cache:
+                    meter(result.size or 0)
+    finally:
+        if meter and meter is not progress:
+            meter.close()
+    return [results[index] for index in order]
+
+
+class CacheManager:
+    """A cache directory, and what can be done with all of it.
+
+    Parameters
+    ----------
+    cache_dir : str or os.PathLike, optional
+        Default: as in `get_local_path_for_resource`. ``~`` is expanded; it is made if missing.
+    persistent : bool
+        False: a temporary directory (inside `cache_dir`, if given), removed by `close`, at the end
+        of the ``with`` block, or with the interpreter. `cache_dir` itself is never removed.
+
+    Attributes
+    ----------
+    dir : pathlib.Path
+        To be given as ``cache_dir`` to the other functions.
+    """
+
+    def __init__(self, cache_dir: StrPath | None = None, *, persistent: bool = True) -> None:
+        from pathlib import Path
+
+        base = None
+        if cache_dir is not None:
+            base = os.path.abspath(os.path.expanduser(_text(cache_dir)))
+        elif persistent:
+            base = _default_cache_dir()
+        if base is not None:
+            with _Disk(base):
+                os.makedirs(base, exist_ok=True)
+        self._temporary: Any = None
+        if not persistent:
+            import tempfile
+
+            with _Disk(base or "the temp directory"):
+                self._temporary = tempfile.TemporaryDirectory(prefix="aind-s3-cache-", dir=base)
+            base = self._temporary.name
+        self.dir: Path = Path(str(base))
+        self._keeper = _Keeper(_Store(str(base)))
+
+    def __enter__(self) -> CacheManager:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the directory if it is a temporary one."""
+        temporary, self._temporary = self._temporary, None
+        if temporary:
+            temporary.cleanup()
+
+    def entries(self) -> list[CacheEntry]:
+        """Return all that the cache holds: objects, trees, partial files.
+
+        Returns
+        -------
+        list of CacheEntry
+            Used last first.
+
+        Raises
+        ------
+        CacheError
+            The directory cannot be read, or is not safe.
+        """
+        found = [unit.entry for unit in self._keeper.units()]
+        return sorted(found, key=lambda entry: entry.last_used, reverse=True)
+
+    def size(self) -> int:
+        """Return the bytes that the cache takes on disk, hard links counted once."""
+        inodes: dict[tuple[int, int], int] = {}
+        for unit in self._keeper.units():
+            inodes.update(unit.inodes)
+        return sum(inodes.values())
+
+    def prune(
+        self,
+        max_age_days: float | None = None,
+        max_size_bytes: int | None = None,
+        dry_run: bool = False,
+    ) -> list[CacheEntry]:
+        """Free space: by age of last use, then down to a size.
+
+        Superseded versions go first, then what was used longest ago. Never what was used within the
+        last hour, is being downloaded, or was touched since the plan was made. With neither limit,
+        partial files that nobody finished in a week go.
+
+        Parameters
+        ----------
+        max_age_days : float, optional
+            Days since the last use.
+        max_size_bytes : int, optional
+            Bytes that the whole cache may keep.
+        dry_run : bool
+            Only say what would go.
+
+        Returns
+        -------
+        list of CacheEntry
+            What went.
+
+        Raises
+        ------
+        ValueError
+            A negative limit.
+        CacheError
+            The directory cannot be changed, or is not safe.
+        """
+        if (max_age_days or 0) < 0 or (max_size_bytes or 0) < 0:
+            raise ValueError("max_age_days and max_size_bytes must not be negative")
+        age = None if max_age_days is None else max_age_days * 86400.0
+        return self._keeper.prune(age, max_size_bytes, dry_run)
+
+    def verify(self) -> list[CacheEntry]:
+        """Read every object back and compare it with the checksum in its name.
+
+        Returns
+        -------
+        list of CacheEntry
+            The damaged ones, which are removed: the next call downloads them again.
+
+        Raises
+        ------
+        CacheError
+            The directory cannot be read or changed, or is not safe.
+        """
+        return self._keeper.verify()
+
+    def clear(self) -> None:
+        """Remove everything of ours, and nothing else.
+
+        Raises
+        ------
+        CacheError
+            The directory cannot be changed, or is not safe.
+        """
+        self._keeper.clear()
+
+
+# 0.1 was a package: its submodules are this module under three more names, so that
+# `from aind_s3_cache.s3_cache import …` and `mock.patch("aind_s3_cache.s3_cache.…")` work.
+if __name__ != "__main__":
+    for _name in ("json_utils", "s3_cache", "uri_utils"):
+        globals()[_name] = sys.modules[f"{__name__}.{_name}"] = sys.modules[__name__]
+    del _name
+
+
+# ==== 10 Command line =============================================================================
+# A thin skin over the public API: data on stdout, all else on stderr; 0, 1, 2 or 130.
+
+_EXAMPLES = """examples:
+  aind-s3-cache get s3://aind-open-data/dataset/metadata.json    print its local path
+  aind-s3-cache get s3://bucket/image.zarr/                      a whole directory
+  aind-s3-cache get -j 16 --json - < list.txt                    many, as JSON records
+  aind-s3-cache json s3://bucket/metadata.json subject.id        print a part of a document
+  aind-s3-cache ls s3://bucket/dataset/                          list keys
+  aind-s3-cache ls                                               list the cache
+  aind-s3-cache prune --max-age 30d --max-size 50GB              free space
+"""
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS.update({f"{u}b": n for u, n in _UNITS.items() if u not in ("", "b")})
+_UNITS.update({f"{u}ib": 1 << 10 * at for at, u in enumerate("kmgt", 1)})
+_DAYS = {"": 1.0, "s": 1 / 86400, "m": 1 / 1440, "h": 1 / 24, "d": 1.0, "w": 7.0, "y": 365.0}
+
+
+def _quantity(text: str, units: dict[str, Any]) -> float:
+    """Parse a number with a unit, such as 10GB or 30d."""
+    number = text.strip().lower().rstrip("abcdefghijklmnopqrstuvwxyz")
+    unit = text.strip().lower()[len(number) :]
+    value = float(number)
+    if unit not in units or not 0 <= value < float("inf"):
+        raise ValueError(text)
+    return value * float(units[unit])
+
+
+def _size_arg(text: str) -> int:
+    return int(_quantity(text, _UNITS))
+
+
+def _age_arg(text: str) -> float:
+    return _quantity(text, _DAYS)
+
+
+_size_arg.__name__, _age_arg.__name__ = "size, such as 10GB", "age, such as 30d"
+
+
+def _json_line(value: object) -> str:
+    import json
+
+    return json.dumps(value, default=str)
+
+
+def _when(stamp: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(stamp))
+
+
+def _record(value: _Record) -> dict[str, Any]:
+    return {name.strip("_"): getattr(value, name) for name in value.__slots__}
+
+
+def _complain(error: object) -> None:
+    print(f"aind-s3-cache: {error}", file=sys.stderr)
+
+
+def _do_get(args: Any) -> int:
+    uris: Iterable[str] = args.uris
+    if args.uris == ["-"]:
+        uris = (line.strip() for line in sys.stdin if line.strip())
+    results = get_local_paths_for_resources(
+        uris,
+        max_workers=args.jobs,
+        return_exceptions=True,
+        progress=not args.quiet,
+        cache_dir=args.cache_dir,
+        anonymous=args.anonymous,
+        max_age=args.max_age * 86400,
+        offline=args.offline,
+        stale_if_error=args.stale_if_error,
+        version_id=args.version_id,
+    )
+    failed = 0
+    for result in results:
+        if isinstance(result, Exception):
+            if not _is_known(result):
+                raise result
+            failed = 1
+            _complain(result)
+        else:
+            print(_json_line(_record(result)) if args.json else os.fspath(result), flush=False)
+    return failed
+
+
+def _do_json(args: Any) -> int:
+    import json
+
+    part: Any = get_json(args.uri, anonymous=args.anonymous)
+    for step in filter(None, (args.path or "").split(".")):
+        try:
+            part = part[int(step)] if isinstance(part, list) else part[step]
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise ValueError(f"No {step!r} on the way to {args.path!r}") from None
+    text = part if isinstance(part, str) and args.path else json.dumps(part, indent=2)
+    print(text)
+    return 0
+
+
+def _do_ls(args: Any) -> int:
+    if args.uri:
+        bucket, prefix = parse_s3_uri(args.uri)
+        access = _Access(args.anonymous)
+        listed = f"s3://{bucket}/{prefix}"
+
+        def show(source: _Source) -> None:
+            assert isinstance(source, _S3)
+            for key in _list_all(source, prefix, None):
+                uri = f"s3://{bucket}/{key.key}"
+                record = {"uri": uri, "size": key.size, "etag": key.etag}
+                print(_json_line(record) if args.json else _printable(uri))
+
+        access.attempt(listed, None, show)
+        return 0
+    for entry in CacheManager(args.cache_dir).entries():
+        line = f"{_human(entry.size):>10}  {_when(entry.last_used)}  {entry.kind:7}  {entry.path}"
+        print(_json_line(_record(entry)) if args.json else line)
+    return 0
+
+
+def _show_gone(entries: list[CacheEntry], args: Any, verb: str) -> None:
+    for entry in entries:
+        print(_json_line(_record(entry)) if args.json else entry.path)
+    total = _human(sum(entry.size for entry in entries))
+    print(f"{verb} {len(entries)} entries, {total}", file=sys.stderr)
+
+
+def _do_prune(args: Any) -> int:
+    manager = CacheManager(args.cache_dir)
+    gone = manager.prune(args.max_age, args.max_size, args.dry_run)
+    _show_gone(gone, args, "would remove" if args.dry_run else "removed")
+    return 0
+
+
+def _do_verify(args: Any) -> int:
+    bad = CacheManager(args.cache_dir).verify()
+    _show_gone(bad, args, "damaged and removed:")
+    return 1 if bad else 0
+
+
+def _do_clear(args: Any) -> int:
+    CacheManager(args.cache_dir).clear()
+    return 0
+
+
+def _do_dir(args: Any) -> int:
+    path = os.path.join(str(CacheManager(args.cache_dir).dir), "aind-s3-cache")
+    print(_json_line({"dir": path}) if args.json else path)
+    return 0
+
+
+def _parser() -> Any:
+    """Build the parser; every verb has --json and --cache-dir."""
+    import argparse
+
+    top = argparse.ArgumentParser(
+        prog="aind-s3-cache",
+        description="Find objects on S3, behind URLs or on disk, and keep them in a local cache.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"aind-s3-cache {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, act: Callable[[Any], int], text: str) -> Any:
+        parser = verbs.add_parser(name, help=text, description=text)
+        parser.set_defaults(act=act, anonymous=None)
+        parser.add_argument("--json", action="store_true", help="print JSON records, one a line")
+        parser.add_argument("--cache-dir", metavar="DIR", help="instead of the default directory")
+        return parser
+
+    def access(parser: Any) -> None:
+        who = parser.add_mutually_exclusive_group()
+        who.add_argument("--anonymous", action="store_true", default=None, help="unsigned only")
+        who.add_argument(
+            "--signed", dest="anonymous", action="store_false", default=None, help="signed only"
+        )
+
+    get = verb("get", _do_get, "Print the local path of each resource, downloaded if need be.")
+    get.add_argument("uris", nargs="+", metavar="URI", help="s3://, http(s)://, a path, or -")
+    get.add_argument("-j", "--jobs", type=int, metavar="N", help="threads (default: as it fits)")
+    get.add_argument("--max-age", type=_age_arg, default=0.0, metavar="AGE", help="such as 12h")
+    get.add_argument("--offline", action="store_true", help="never touch the network")
+    get.add_argument("--stale-if-error", action="store_true", help="last copy if the server fails")
+    get.add_argument("--version-id", metavar="ID", help="this version of an S3 object")
+    get.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    access(get)
+    json = verb("json", _do_json, "Print a JSON document, or a part of it.")
+    json.add_argument("uri", metavar="URI")
+    json.add_argument("path", nargs="?", metavar="PATH", help="such as subject.id or items.0")
+    access(json)
+    ls = verb("ls", _do_ls, "List the cache, or the keys below an s3:// prefix.")
+    ls.add_argument("uri", nargs="?", metavar="s3://…")
+    access(ls)
+    prune = verb("prune", _do_prune, "Remove what was not used for long, down to a size.")
+    prune.add_argument("--max-age", type=_age_arg, metavar="AGE", help="such as 30d")
+    prune.add_argument("--max-size", type=_size_arg, metavar="SIZE", help="such as 10GB")
+    prune.add_argument("--dry-run", action="store_true", help="only print what would go")
+    verb("verify", _do_verify, "Check every object against its checksum; remove damaged ones.")
+    verb("clear", _do_clear, "Remove everything of ours from the cache directory.")
+    verb("dir", _do_dir, "Print where the cache is.")
+    return top
+
+
+def _is_known(error: Exception) -> bool:
+    """Tell whether an error is one line to the user rather than a bug of ours."""
+    foreign = any(cls.__module__.startswith("botocore") for cls in type(error).__mro__)
+    return foreign or isinstance(error, (S3CacheError, ValueError, TypeError))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments without the program's name; default ``sys.argv[1:]``.
+
+    Returns
+    -------
+    int
+        0; 1 for a known error, said in one line on stderr; 2 for wrong usage; 130 for Ctrl-C.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        code: int = args.act(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read us has seen enough; the interpreter must not complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except Exception as error:
+        if not _is_known(error):
+            raise
+        _complain(error)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""What every test runs in: a clean environment, a home of its own, and no way off this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from server import Server
+from subject import name as subject_name
+from subject import s3c
+
+SUBJECT_FILE = Path(str(s3c.__file__)).resolve()
+BUCKET = "aind-open-data"  # the guide's
+OWN_HOSTS = ["127.0.0.1", "::1", "localhost"]
+AWS_HOSTS = ["*.s3.amazonaws.com", "*.s3.us-west-2.amazonaws.com", "s3.us-west-2.amazonaws.com"]
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "leftovers: may leave temporary files (it kills a process)")
+
+
+# ==== Around every test =======================================================================
+
+_CLEARED = re.compile(
+    r"AWS_.*|AIND_S3_CACHE_.*|XDG_CACHE_HOME|.*_proxy|"
+    r"REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|SSL_CERT_FILE|SSL_CERT_DIR",
+    re.IGNORECASE,
+)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home directory, in an environment that says nothing about AWS, caches or proxies."""
+    for variable in list(os.environ):
+        if _CLEARED.fullmatch(variable):
+            monkeypatch.delenv(variable)
+    home = tmp_path / "home"
+    home.mkdir()
+    for variable in ("HOME", "USERPROFILE", "LOCALAPPDATA"):
+        monkeypatch.setenv(variable, str(home))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(home / "no-credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(home / "no-config"))
+    return home
+
+
+def _is_here(host: object) -> bool:
+    if isinstance(host, bytes):
+        host = host.decode("latin-1")
+    return host in (None, "", "localhost", "::1") or str(host).startswith("127.")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _stay_here() -> Iterator[None]:
+    """Fail a test that looks up or connects to another host; a child process is not watched."""
+    look_up, connect = socket.getaddrinfo, socket.socket.connect
+
+    def guarded_look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_here(host):
+            pytest.fail(f"a test looked up {host!r}")
+        return look_up(host, *args, **kwargs)
+
+    def guarded_connect(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and not _is_here(address[0]):
+            pytest.fail(f"a test connected to {address!r}")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", guarded_look_up)
+        patch.setattr(socket.socket, "connect", guarded_connect)
+        yield
+
+
+def _lasting_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if not thread.daemon}
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
+    """No test leaves a thread that would keep the interpreter, or a temporary file in a cache."""
+    before = _lasting_threads()
+    yield
+    give_up = time.monotonic() + 1
+    while _lasting_threads() - before and time.monotonic() < give_up:
+        threading.Event().wait(0.01)
+    assert not _lasting_threads() - before, "threads left running"
+    if request.node.get_closest_marker("leftovers") is None:
+        places = (tmp_path / "home", tmp_path / "cache")
+        left = [path for place in places if place.is_dir() for path in place.rglob(".t*")]
+        assert not left, "temporary files left behind"
+
+
+# ==== Servers and what they hold ==============================================================
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A loopback S3 server, set as the endpoint."""
+    with Server() as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ca() -> Any:
+    """A certificate authority (trustme) that no machine trusts."""
+    return pytest.importorskip("trustme").CA()
+
+
+@pytest.fixture
+def ca_file(ca: Any, tmp_path: Path) -> Path:
+    path = tmp_path / "ca.pem"
+    ca.cert_pem.write_to_path(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tls_context(ca: Any) -> ssl.SSLContext:
+    """A server's context, with a certificate for this machine and for AWS's hosts."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert(*OWN_HOSTS, *AWS_HOSTS).configure_cert(context)
+    return context
+
+
+@pytest.fixture
+def tls_server(
+    tls_context: ssl.SSLContext,
+    ca_file: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Server]:
+    """The same over TLS, its CA trusted; the endpoint, unless the test also asks for `server`."""
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(ca_file))
+    with Server(tls_context) as server:
+        if "server" not in request.fixturenames:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        yield server
+
+
+@pytest.fixture
+def publish(request: pytest.FixtureRequest) -> Callable[..., str]:
+    """`publish(data, key=..., bucket=..., **put_options) -> uri`; data is JSON unless bytes or str.
+
+    On `server`, or on `tls_server` in a test that asks for that one alone.
+    """
+    names = request.fixturenames
+    alone = "tls_server" in names and "server" not in names
+    held = request.getfixturevalue("tls_server" if alone else "server")
+
+    def publish(data: Any, key: str = "data.json", bucket: str = BUCKET, **options: Any) -> str:
+        if not isinstance(data, (bytes, bytearray)):
+            data = (data if isinstance(data, str) else json.dumps(data)).encode()
+        held.put(bucket, key, bytes(data), **options)
+        return f"s3://{bucket}/{key}"
+
+    return publish
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A cache directory that does not exist yet."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def no_sleep(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """`time.sleep` returns at once; the list holds what was asked for."""
+    slept: list[float] = []
+    sleep = time.sleep
+
+    def sleep_not(seconds: float) -> None:
+        slept.append(seconds)
+        sleep(0)  # a loop that waits for another thread must still let it run
+
+    monkeypatch.setattr(time, "sleep", sleep_not)
+    return slept
+
+
+# ==== Real processes ==========================================================================
+
+
+def _run(
+    command: list[str], env: dict[str, str | None] | None, timeout: float, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end in this environment, changed by `env` (None removes a variable)."""
+    merged = {"PYTHONIOENCODING": "utf-8", **os.environ, **(env or {})}
+    return subprocess.run(
+        command,
+        env={name: value for name, value in merged.items() if value is not None},
+        timeout=timeout,
+        capture_output=True,
+        encoding="utf-8",
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def prelude() -> str:
+    """Code that makes the subject importable, under `python -I -S` too."""
+    root = SUBJECT_FILE.parents[subject_name.count(".")]
+    return f"import sys; sys.path.insert(0, {str(root)!r})\n"
+
+
+@pytest.fixture
+def run_python(prelude: str, tmp_path: Path) -> Run:
+    """`run_python(code, *args, env=, timeout=, flags=(), check=True)` in a fresh interpreter.
+
+    `SUBJECT` in the code stands for the module's name: `import SUBJECT as s3c`.
+    """
+
+    def run_python(
+        code: str,
+        *args: object,
+        env: dict[str, str | None] | None = None,
+        timeout: float = 30,
+        flags: tuple[str, ...] = (),
+        check: bool = True,
+        **options: Any,
+    ) -> subprocess.CompletedProcess[str]:
+        source = prelude + code.replace("SUBJECT", subject_name)
+        command = [sys.executable, *flags, "-c", source, *map(str, args)]
+        done = _run(command, env, timeout, **{"cwd": tmp_path, **options})
+        assert not check or done.returncode == 0, f"exit {done.returncode}\n{done.stderr}"
+        return done
+
+    return run_python
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Run:
+    """`cli(*args, env=, timeout=, **subprocess_options)`: the file run as a program."""
+
+    def cli(
+        *args: object,
+        env: dict[str, str | None] | None = None,
+        timeout: float = 30,
+        **options: Any,
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(SUBJECT_FILE), *map(str, args)]
+        return _run(command, env, timeout, **{"cwd": tmp_path, **options})
+
+    return cli
