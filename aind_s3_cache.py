@@ -49,7 +49,7 @@ from functools import lru_cache, partial
 
 __version__ = "1.0.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022  in the order of the documentation
     # Localize
     "get_local_path_for_resource",
     "get_local_paths_for_resources",
@@ -225,7 +225,7 @@ class S3CacheError(Exception):
     errno: int | None = None
     _errno: int | None = None
 
-    def __new__(
+    def __new__(  # noqa: D102
         cls, message: str, *, status: int | None = None, code: str | None = None, **_: object
     ) -> S3CacheError:
         foreign = cls._also(status, code)
@@ -312,7 +312,7 @@ class CacheError(S3CacheError, OSError):
 
 
 class InvalidJSONError(S3CacheError, ValueError):
-    """The document is not JSON, too large, or nested too deeply. Also a ``json.JSONDecodeError``."""
+    """Not JSON, too large, or nested too deeply. Also a ``json.JSONDecodeError``, as in 0.1."""
 
     msg, doc, pos, lineno, colno = "invalid JSON", "", 0, 1, 1  # 0.1's users may look at these
 
@@ -382,7 +382,7 @@ def _scheme(text: str) -> str:
 
 
 def _is_windows(path: str) -> bool:
-    """Tell whether a path has a drive letter or is ``\\\\server\\share``."""
+    r"""Tell whether a path has a drive letter or is ``\\server\share``."""
     return path.startswith("\\\\") or (path[1:2] == ":" and path[0].isascii() and path[0].isalpha())
 
 
@@ -452,9 +452,9 @@ def is_url(path_or_url: StrPath) -> bool:
 
 
 def is_file_path(path_or_url: StrPath) -> bool:
-    """Tell whether this is a local path or a ``file:`` URI.
+    r"""Tell whether this is a local path or a ``file:`` URI.
 
-    Windows drives and ``\\\\server\\share`` are file paths on every system, and so is ``""``.
+    Windows drives and ``\\server\share`` are file paths on every system, and so is ``""``.
 
     Parameters
     ----------
@@ -468,7 +468,7 @@ def is_file_path(path_or_url: StrPath) -> bool:
 
 
 def as_pathlike(base: StrPath) -> tuple[str, str | None, PurePath]:
-    """Parse a URI or path into ``(kind, bucket, path)``, to be edited with pathlib.
+    r"""Parse a URI or path into ``(kind, bucket, path)``, to be edited with pathlib.
 
     Parameters
     ----------
@@ -481,8 +481,8 @@ def as_pathlike(base: StrPath) -> tuple[str, str | None, PurePath]:
     bucket : str or None
         The bucket, or the host of a URL; None for local paths.
     path : pathlib.PurePath
-        ``PurePosixPath`` of a key, ``PureWindowsPath`` of a drive or ``\\\\server\\share`` on every
-        system, else ``Path``. Like every pathlib object it drops ``//``, ``.`` and a trailing slash:
+        ``PurePosixPath`` of a key, ``PureWindowsPath`` of a drive or ``\\server\share`` on every
+        system, else ``Path``. Like all of pathlib it drops ``//``, ``.`` and a trailing slash:
         for exact keys use `parse_s3_uri` and `join_any`.
 
     Raises
@@ -535,14 +535,14 @@ def as_string(kind: str, bucket: str | None, path: PurePath) -> str:
 
 
 def join_any(base: StrPath, *parts: str) -> str:
-    """Join parts to an S3 URI, a URL or a local path.
+    r"""Join parts to an S3 URI, a URL or a local path.
 
     Parameters
     ----------
     base : str or os.PathLike
         To an ``http(s)`` base the parts are joined before its query.
     *parts : str
-        Empty ones are skipped. In S3 keys and URLs ``\\`` becomes ``/``, all else is kept exactly;
+        Empty ones are skipped. In S3 keys and URLs ``\`` becomes ``/``, all else is kept exactly;
         no slash is added after a base that ends in one. For local paths, pathlib's rules and the
         separators of the base.
 
@@ -570,9 +570,9 @@ def join_any(base: StrPath, *parts: str) -> str:
             head += ("" if head.endswith("/") else "/") + part.replace("\\", "/")
         return head + rest
     joined = str(as_pathlike(text)[2].joinpath(*parts))
-    if not _is_windows(joined):
-        return joined
-    return joined.replace("/", "\\") if "\\" in text else joined.replace("\\", "/")
+    if "\\" in text:
+        return joined.replace("/", "\\") if "/" in joined else joined
+    return joined.replace("\\", "/") if "/" in text else joined
 
 
 # ==== 4 Wire ======================================================================================
@@ -594,22 +594,20 @@ _PARTITIONS = {
     "us-isof-": "csp.hci.ic.gov",
 }
 
-# Status -> error class and the opening words that users of 0.1 know; 5xx and the rest below.
-_REFUSALS: dict[int, tuple[type[S3CacheError], str]] = {
-    401: (AccessDeniedError, "Access denied"),
-    403: (AccessDeniedError, "Access denied"),
-    404: (NotFoundError, "not found or inaccessible"),
-    405: (NotFoundError, "not found or inaccessible"),
-    410: (NotFoundError, "not found or inaccessible"),
-    412: (IntegrityError, "Object changed"),
-    416: (IntegrityError, "Range refused"),
+# Status -> error class; 5xx and what can be retried are TransferError, the rest S3CacheError.
+_REFUSALS: dict[int, type[S3CacheError]] = {
+    401: AccessDeniedError,
+    403: AccessDeniedError,
+    404: NotFoundError,
+    405: NotFoundError,  # the version asked for is a delete marker
+    410: NotFoundError,
 }
 _S3_CODES = {401: "AccessDenied", 403: "AccessDenied", 404: "NoSuchKey", 405: "MethodNotAllowed"}
-_THROTTLED = frozenset(
-    "SlowDown Throttling ThrottlingException ThrottledException RequestThrottled "
-    "TooManyRequestsException RequestLimitExceeded BandwidthLimitExceeded "
-    "PriorRequestNotComplete RequestThrottledException".split()
-)
+_THROTTLED = {
+    "SlowDown", "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled",
+    "RequestThrottledException", "TooManyRequestsException", "RequestLimitExceeded",
+    "BandwidthLimitExceeded", "PriorRequestNotComplete",
+}  # fmt: skip
 _HINTS = {
     "AccessDenied": "Missing, or not public: without permission to list, S3 says 403 for a missing"
     " key, too. For private data install boto3 and set up credentials",
@@ -664,7 +662,8 @@ def _place(url: str) -> _Place:
     scheme, authority, path, rest = _split_http(url)
     scheme = scheme[:-3].lower()
     userinfo, at, host = authority.rpartition("@")
-    bad = ValueError(f"Not a valid URL: {_redact(url)!r}")
+    # A raw "/" in a password moves the "@": then no part of the URL is safe to show.
+    bad = ValueError(f"Not a valid URL: {scheme + '://…' if '@' in url else _redact(url)!r}")
     if scheme not in ("http", "https"):
         raise bad
     name, colon, port = host.rpartition(":")
@@ -747,7 +746,7 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     lines = head.decode("latin-1").split("\r\n")
     version, _, rest = lines[0].partition(" ")
     status = _digits(rest[:3])
-    if version not in ("HTTP/1.1", "HTTP/1.0") or status is None or rest[3:4] not in ("", " "):
+    if version not in ("HTTP/1.1", "HTTP/1.0") or not status or len(rest.split(" ")[0]) != 3:
         raise TransferError("Malformed answer: not HTTP/1.x", retry="soon")
     headers: dict[str, str] = {}
     for line in lines[1:]:
@@ -763,7 +762,7 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
 
 def _clean(value: str) -> bool:
     """Tell whether a header value is free of control characters."""
-    return value.isprintable() or not any(c < " " and c != "\t" or c == "\x7f" for c in value)
+    return value.isprintable() or not any((c < " " and c != "\t") or c == "\x7f" for c in value)
 
 
 def _etag(headers: dict[str, str]) -> str | None:
@@ -858,7 +857,7 @@ def _parse_xml(data: bytes, wanted: frozenset[str]) -> list[tuple[str, str]]:
     parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = text.append, doctype
     try:
         parser.Parse(data, True)
-    except expat.ExpatError as error:
+    except (expat.ExpatError, LookupError) as error:  # LookupError: an unknown encoding
         raise ValueError(f"invalid XML: {error}") from None
     return found
 
@@ -975,7 +974,7 @@ def _judge(answer: _Answer, sent: bool, same: bool, asked: int) -> str:
 # The only section that opens sockets; only errors of ours leave it. A small HTTP/1.1 client of our
 # own over ``socket``: ``http.client`` hands out short bodies in silence, mistakes chunk framing for
 # data, takes the first of two lengths and has no deadline for dripping headers, and ``urllib`` adds
-# redirects that leak credentials; guarding all that is longer than what we need of HTTP, and slower.
+# redirects that leak credentials: guarding all that takes more than what we need of HTTP does.
 
 
 class _Stop:
@@ -983,15 +982,15 @@ class _Stop:
 
     def __init__(self, parent: _Stop | None = None) -> None:
         self.event = threading.Event()
-        self._held: set[_Connection | _Stop] = set()
+        self._held: set[Any] = set()  # whatever has a stop() of its own
         if parent:
             parent.hold(self)
 
-    def hold(self, what: _Connection | _Stop) -> None:
+    def hold(self, what: Any) -> None:
         self._held.add(what)
         self.check()
 
-    def drop(self, what: _Connection | _Stop) -> None:
+    def drop(self, what: Any) -> None:
         self._held.discard(what)
 
     def check(self) -> None:
@@ -1002,6 +1001,15 @@ class _Stop:
         self.event.set()
         for what in tuple(self._held):
             what.stop()
+
+
+def _shut_down(sock: Socket) -> None:
+    import socket
+
+    try:  # not SSLSocket's own: it lets the reader go on with the bytes below TLS
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    except OSError:
+        pass
 
 
 class _Connection:
@@ -1026,12 +1034,7 @@ class _Connection:
 
     def stop(self) -> None:
         """Wake whoever waits on the socket, from another thread."""
-        import socket
-
-        try:  # not SSLSocket's own: it lets the reader go on with the bytes below TLS
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-        except OSError:
-            pass
+        _shut_down(self.sock)
 
     def close(self) -> None:
         if self.switch:
@@ -1054,11 +1057,11 @@ class _Connection:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        if left >= _STALL_TIMEOUT:
-            return self.sock.recv(65536)
+        if left > 0.9 * _STALL_TIMEOUT:  # close enough: setting a timeout is a system call
+            return self.sock.recv(16384)
         self.sock.settimeout(left)
         try:
-            return self.sock.recv(65536)
+            return self.sock.recv(16384)
         finally:
             self.sock.settimeout(_STALL_TIMEOUT)
 
@@ -1103,8 +1106,14 @@ class _Pool:
         self._lock = threading.Lock()
         self._idle: list[_Connection] = []
         self._all: set[_Connection] = set()
+        self._closes_at_exit = False
 
     def add(self, connection: _Connection) -> None:
+        if not self._closes_at_exit:
+            import atexit
+
+            atexit.register(self.clear)
+            self._closes_at_exit = True
         self._all.add(connection)
 
     def forget(self, connection: _Connection) -> None:
@@ -1161,10 +1170,23 @@ def _first_env(*names: str) -> str:
     return ""
 
 
-def _ca_settings() -> tuple[str, str, str]:
-    """Return what decides whom TLS trusts."""
-    bundle = _first_env("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
-    return bundle, os.environ.get("SSL_CERT_FILE", ""), os.environ.get("SSL_CERT_DIR", "")
+class _Env:
+    """What one call found in the environment: a batch reads it once, not for every object."""
+
+    __slots__ = ("ca", "endpoint", "proxied", "region")
+
+    def __init__(self) -> None:
+        ignored = os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true"
+        url = "" if ignored else _first_env("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+        self.endpoint = url.rstrip("/")
+        region = _first_env("AWS_REGION", "AWS_DEFAULT_REGION")
+        self.region = region if _is_region(region) else ""
+        bundle = _first_env("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
+        self.ca = bundle, os.environ.get("SSL_CERT_FILE", ""), os.environ.get("SSL_CERT_DIR", "")
+        names = [f"{scheme}_proxy" for scheme in ("http", "https", "all")]
+        self.proxied = sys.platform in ("darwin", "win32") or bool(
+            _first_env(*names, *map(str.upper, names))
+        )
 
 
 @lru_cache(maxsize=8)
@@ -1187,9 +1209,6 @@ def _tls_context(settings: tuple[str, str, str]) -> ssl.SSLContext:
 def _proxy(origin: Origin) -> _Place | None:
     """Return the proxy for this origin, by the rules of ``urllib.request``."""
     scheme, host, port = origin
-    names = f"{scheme}_proxy", f"{scheme.upper()}_PROXY", "all_proxy", "ALL_PROXY"
-    if not _first_env(*names) and sys.platform not in ("darwin", "win32"):
-        return None
     from urllib.request import getproxies, proxy_bypass
 
     proxies = getproxies()
@@ -1243,17 +1262,22 @@ def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None
         raise TransferError(f"Proxy {proxy} refuses a tunnel", status=status, retry=kind)
 
 
-def _connect(place: _Place, proxy: _Place | None, key: tuple[Any, ...]) -> _Connection:
+def _connect(
+    place: _Place, proxy: _Place | None, key: tuple[Any, ...], ca: tuple[str, str, str]
+) -> _Connection:
     """Open a connection, through a proxy and TLS where needed."""
     deadline = time.monotonic() + _CONNECT_TOTAL
-    sock = _dial((proxy or place).origin, deadline)
+    try:
+        sock = _dial((proxy or place).origin, deadline)
+    except OSError as error:  # it is the proxy that does not answer: say so
+        raise _wire_error(error, proxy or place) from None
     try:
         if place.origin[0] == "https":
             if proxy:
                 _tunnel(sock, place, proxy, deadline)
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             # Without close_notify a cut connection looks like an end: ragged ends are errors.
-            sock = _tls_context(_ca_settings()).wrap_socket(
+            sock = _tls_context(ca).wrap_socket(
                 sock, server_hostname=place.origin[1], suppress_ragged_eofs=False
             )
         sock.settimeout(_STALL_TIMEOUT)
@@ -1389,7 +1413,7 @@ def _read_up_to(body: Reader, limit: int) -> bytes:
 
 
 def _framing(method: str, status: int, headers: dict[str, str]) -> tuple[int | None, bool]:
-    """Return (length, chunked) of a body (RFC 9112, 6.3); (None, False) ends with the connection."""
+    """Return (length, chunked) of a body (RFC 9112, 6.3); (None, False) is one that EOF ends."""
     length = _content_length(headers)
     if method == "HEAD" or status in (204, 304):
         return 0, False
@@ -1423,7 +1447,12 @@ def _converse(
 
 
 def _request(
-    place: _Place, fields: str = "", *, method: str = "GET", switch: _Stop | None = None
+    place: _Place,
+    env: _Env,
+    fields: str = "",
+    *,
+    method: str = "GET",
+    switch: _Stop | None = None,
 ) -> tuple[int, dict[str, str], _Body]:
     """Send one request, on a kept connection if there is one, and return the answer.
 
@@ -1431,14 +1460,14 @@ def _request(
     """
     key: tuple[Any, ...] = ()
     try:
-        proxy = _proxy(place.origin)
+        proxy = _proxy(place.origin) if env.proxied else None
         target, login = place.target, place.auth and f"Authorization: {place.auth}\r\n"
         if proxy and place.origin[0] == "http":
             target = f"http://{place.netloc}{target}"
             login = (login or "") + (f"Proxy-Authorization: {proxy.auth}\r\n" * bool(proxy.auth))
         key = (place.origin, proxy and (proxy.origin, proxy.auth))
         if place.origin[0] == "https":
-            key += (_ca_settings(),)
+            key += (env.ca,)
         request = (
             f"{method} {target} HTTP/1.1\r\nHost: {place.netloc}\r\n"
             f"User-Agent: aind-s3-cache/{__version__}\r\nAccept: */*\r\n"
@@ -1446,12 +1475,14 @@ def _request(
         ).encode("latin-1")
         connection = _POOL.take(key)
         while True:
-            connection = connection or _connect(place, proxy, key)
+            connection = connection or _connect(place, proxy, key, env.ca)
             reused, connection.switch = connection.reused, switch
             try:
                 if switch:
                     switch.hold(connection)
-                return _converse(connection, place, method, request)
+                answer = _converse(connection, place, method, request)
+                _log(_DEBUG, "%s %s: %d", method, place, answer[0])
+                return answer
             except OSError as error:
                 connection.close()
                 if not reused or _timed_out(error) or isinstance(error, S3CacheError):
@@ -1484,11 +1515,11 @@ def _redirected(place: _Place, location: str) -> _Place:
 
 
 def _request_following(
-    place: _Place, fields: str, switch: _Stop | None
+    place: _Place, env: _Env, fields: str, switch: _Stop | None
 ) -> tuple[int, dict[str, str], _Body]:
     """Send a GET and follow its redirects; bodies of redirects are never read."""
     for _ in range(_REDIRECTS + 1):
-        status, headers, body = _request(place, fields, switch=switch)
+        status, headers, body = _request(place, env, fields, switch=switch)
         if status not in (301, 302, 303, 307, 308) or "location" not in headers:
             return status, headers, body
         body.close()
@@ -1556,6 +1587,46 @@ _REGIONS: dict[tuple[str, str], str] = {}  # (endpoint, bucket) -> region, learn
 _SIGNED_BUCKETS: set[tuple[str, str]] = set()  # (endpoint, bucket) that refused us unsigned
 
 
+class _Ask:
+    """A range and conditions: what a source is asked for."""
+
+    __slots__ = (
+        "if_match",
+        "if_modified_since",
+        "if_none_match",
+        "span",
+        "start",
+        "stop",
+        "switch",
+    )
+
+    def __init__(
+        self,
+        start: int | None,
+        stop: int | None,
+        if_match: str | None,
+        if_none_match: str | None,
+        if_modified_since: str | None,
+        switch: _Stop | None,
+    ) -> None:
+        self.start, self.stop, self.switch = start, stop, switch
+        self.span = None if start is None else f"bytes={start}-{'' if stop is None else stop - 1}"
+        self.if_match, self.if_none_match = if_match, if_none_match
+        self.if_modified_since = if_modified_since
+
+    @property
+    def fields(self) -> str:
+        """The header fields of the request."""
+        fields = f"Range: {self.span}\r\n" if self.span else ""
+        if self.if_match:
+            fields += f"If-Match: {self.if_match}\r\n"
+        if self.if_none_match:
+            fields += f"If-None-Match: {self.if_none_match}\r\n"
+        elif self.if_modified_since:
+            fields += f"If-Modified-Since: {self.if_modified_since}\r\n"
+        return fields
+
+
 class _Source:
     """What all sources have in common."""
 
@@ -1578,6 +1649,10 @@ class _Source:
         switch: _Stop | None = None,
     ) -> _Answer:
         """Ask for bytes start to stop (exclusive), or for all, under conditions."""
+        ask = _Ask(start, stop, if_match, if_none_match, if_modified_since, switch)
+        return self._send(ask)
+
+    def _send(self, ask: _Ask) -> _Answer:
         raise NotImplementedError
 
     def _answer(self, status: int, headers: dict[str, str], body: Reader) -> _Answer:
@@ -1595,7 +1670,7 @@ class _Source:
         self, status: int, headers: dict[str, str], body: bytes, code: str | None = None
     ) -> S3CacheError:
         """Return the error that an answer means, with the likely cause and the next step."""
-        cls, text = _REFUSALS.get(status, (S3CacheError, ""))
+        cls = _REFUSALS.get(status, S3CacheError)
         said = _parse_error(body) if self.kind == "s3" else {}
         code = code or said.get("Code") or (_S3_CODES.get(status) if self.kind == "s3" else None)
         retry = _retry_kind(status, code)
@@ -1606,8 +1681,10 @@ class _Source:
             hint = "Missing, or these credentials may not read it"
         elif status == 511:
             hint = "The network wants a login first (captive portal)"
+        missing = issubclass(cls, FileNotFoundError)
+        text = "not found or inaccessible" if missing else "failed: the server cannot or will not"
         return cls(
-            f"{self.what} {text}" if text else f"{self.what}: the server failed or refused",
+            f"{self.what} {text}",
             uri=self.uri,
             status=status,
             code=code and _printable(code[:80]),
@@ -1617,29 +1694,11 @@ class _Source:
         )
 
 
-def _fields(
-    start: int | None,
-    stop: int | None,
-    if_match: str | None,
-    if_none_match: str | None,
-    if_modified_since: str | None,
-) -> str:
-    """Return the header fields of a conditional range request."""
-    fields = "" if start is None else f"Range: bytes={start}-{'' if stop is None else stop - 1}\r\n"
-    if if_match:
-        fields += f"If-Match: {if_match}\r\n"
-    if if_none_match:
-        fields += f"If-None-Match: {if_none_match}\r\n"
-    elif if_modified_since:
-        fields += f"If-Modified-Since: {if_modified_since}\r\n"
-    return fields
-
-
 class _HTTP(_Source):
     """A file behind an http(s) URL."""
 
-    def __init__(self, url: str) -> None:
-        self.place = _place(url)
+    def __init__(self, url: str, env: _Env) -> None:
+        self.place, self.env = _place(url), env
         self.uri = _redact(url)
         path = self.place.target.partition("?")[0]
         from urllib.parse import unquote
@@ -1649,27 +1708,11 @@ class _HTTP(_Source):
         # A password or a presigned query is a credential: what it brings is nobody else's.
         self.signed = self.place.auth is not None or "?" in self.place.target
 
-    def read(
-        self,
-        start: int | None = None,
-        stop: int | None = None,
-        *,
-        if_match: str | None = None,
-        if_none_match: str | None = None,
-        if_modified_since: str | None = None,
-        switch: _Stop | None = None,
-    ) -> _Answer:
-        fields = _fields(start, stop, if_match, if_none_match, if_modified_since)
-        return self._answer(*_request_following(self.place, fields, switch))
+    def _send(self, ask: _Ask) -> _Answer:
+        return self._answer(*_request_following(self.place, self.env, ask.fields, ask.switch))
 
 
-def _endpoint() -> str:
-    """Return the configured S3 endpoint, "" for AWS (the SDKs' rules, without their files)."""
-    if os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
-        return ""
-    return _first_env("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL").rstrip("/")
-
-
+@lru_cache(maxsize=64)
 def _endpoint_id(endpoint: str) -> str:
     """Return what tells one world of buckets from another: AWS's partitions, or the endpoint."""
     host = endpoint.partition("://")[2].partition("/")[0].lower()
@@ -1712,20 +1755,19 @@ class _S3(_Source):
 class _Unsigned(_S3):
     """S3 without credentials: path style on a configured endpoint, else AWS's own addressing."""
 
-    def __init__(self, bucket: str, key: str, version: str | None) -> None:
-        super().__init__(bucket, key, version, _endpoint())
+    def __init__(self, bucket: str, key: str, version: str | None, env: _Env) -> None:
+        super().__init__(bucket, key, version, env.endpoint)
+        self.env = env
         if not self.endpoint:
-            region = _first_env("AWS_REGION", "AWS_DEFAULT_REGION")
-            self.place_id = ("s3", _dns_suffix(region), bucket, key, version or "")
+            self.place_id = ("s3", _dns_suffix(env.region), bucket, key, version or "")
         if bucket.endswith("--x-s3"):
             raise ValueError("Directory buckets need signed requests: use anonymous=False")
 
     def _at(self, key: str, query: str) -> _Place:
         """Return where an object, or with an empty key the bucket, is asked for."""
-        known = _REGIONS.get((self.endpoint, self.bucket))
         if not self.endpoint:
-            region = known or _first_env("AWS_REGION", "AWS_DEFAULT_REGION")
-            return _aws_place(self.bucket, key, region if _is_region(region) else "", query)
+            region = _REGIONS.get(("", self.bucket)) or self.env.region
+            return _aws_place(self.bucket, key, region, query)
         base = _place(self.endpoint)
         path = f"{base.target.rstrip('/')}/{self.bucket}/{_quote(key)}{query}"
         return _Place(base.origin, path, base.auth)
@@ -1733,11 +1775,11 @@ class _Unsigned(_S3):
     def _region(self, status: int, headers: dict[str, str], body: bytes) -> str:
         """Return the bucket's region that an answer tells; ask the bucket if it does not.
 
-        ``Location`` and ``<Endpoint>`` are never used: whoever controls them would control the host.
+        ``Location`` and ``<Endpoint>`` are never used: who controls them would choose the host.
         """
         told = headers.get("x-amz-bucket-region") or _parse_error(body).get("Region", "")
         if not told and status != 400:
-            _, headers, reply = _request(self._at("", ""), method="HEAD")
+            _, headers, reply = _request(self._at("", ""), self.env, method="HEAD")
             reply.close()
             told = headers.get("x-amz-bucket-region", "")
         return told if _is_region(told) else ""
@@ -1746,7 +1788,7 @@ class _Unsigned(_S3):
         self, key: str, query: str, fields: str, switch: _Stop | None
     ) -> tuple[int, dict[str, str], Reader]:
         """Send a GET; resend it once where the bucket's region is another than we thought."""
-        status, headers, body = _request(self._at(key, query), fields, switch=switch)
+        status, headers, body = _request(self._at(key, query), self.env, fields, switch=switch)
         moved = status in (301, 302, 307, 308)
         if not moved and not (status == 400 and "x-amz-bucket-region" in headers):
             return status, headers, body
@@ -1757,22 +1799,12 @@ class _Unsigned(_S3):
             raise self._error(status, headers, text, None if text else "PermanentRedirect")
         _log(_DEBUG, "%s is in %s", self.bucket, region)
         _REGIONS[where] = region
-        return _request(self._at(key, query), fields, switch=switch)
+        return _request(self._at(key, query), self.env, fields, switch=switch)
 
-    def read(
-        self,
-        start: int | None = None,
-        stop: int | None = None,
-        *,
-        if_match: str | None = None,
-        if_none_match: str | None = None,
-        if_modified_since: str | None = None,
-        switch: _Stop | None = None,
-    ) -> _Answer:
-        fields = _fields(start, stop, if_match, if_none_match, if_modified_since)
+    def _send(self, ask: _Ask) -> _Answer:
         query = f"?versionId={_quote(self.version, _BUCKET)}" if self.version else ""
-        fields += "x-amz-checksum-mode: ENABLED\r\n"
-        return self._answer(*self._ask(self.key, query, fields, switch))
+        fields = ask.fields + "x-amz-checksum-mode: ENABLED\r\n"
+        return self._answer(*self._ask(self.key, query, fields, ask.switch))
 
     def list_page(self, prefix: str, token: str | None) -> tuple[list[_Key], str | None]:
         query = f"?list-type=2&encoding-type=url&prefix={_quote(prefix, _BUCKET)}"
@@ -1791,25 +1823,39 @@ class _Unsigned(_S3):
             raise TransferError(message, uri=self.uri, retry="soon") from None
 
     def child(self, key: str) -> _S3:
-        return _Unsigned(self.bucket, key, None)
+        return _Unsigned(self.bucket, key, None, self.env)
 
 
 class _Stream:
     """The body of a boto3 answer as a reader that raises errors of ours."""
 
-    def __init__(self, body: Any, source: _Signed) -> None:
-        self._body, self._source = body, source
+    def __init__(self, body: Any, source: _Signed, switch: _Stop | None) -> None:
+        self._body, self._source, self._switch = body, source, switch
+        if switch:
+            switch.hold(self)
 
     def readinto(self, view: memoryview) -> int:
         try:
             data = self._body.read(len(view))
         except Exception as error:
+            if self._switch:
+                self._switch.check()
             raise self._source.translated(error) from None
         view[: len(data)] = data
         return len(data)
 
+    def stop(self) -> None:
+        """Wake whoever reads: closing would wait for the reader, and the reader for the server."""
+        raw = getattr(self._body, "_raw_stream", None)
+        sock = getattr(getattr(raw, "_connection", None), "sock", None)
+        if sock is not None:
+            _shut_down(sock)
+
     def close(self) -> None:
-        self._body.close()
+        if self._switch:
+            self._switch.drop(self)
+        if not self._switch or not self._switch.event.is_set():
+            self._body.close()
 
 
 class _Nothing:
@@ -1856,6 +1902,7 @@ class _Signed(_S3):
 
     def _call(self, operation: str, **kwargs: object) -> Any:
         try:
+            _log(_DEBUG, "boto3 %s %s", operation, self.uri)
             return getattr(self.client, operation)(
                 **{name: value for name, value in kwargs.items() if value is not None}
             )
@@ -1865,29 +1912,19 @@ class _Signed(_S3):
                 raise
             raise translated from None
 
-    def read(
-        self,
-        start: int | None = None,
-        stop: int | None = None,
-        *,
-        if_match: str | None = None,
-        if_none_match: str | None = None,
-        if_modified_since: str | None = None,
-        switch: _Stop | None = None,
-    ) -> _Answer:
-        span = None if start is None else f"bytes={start}-{'' if stop is None else stop - 1}"
-        if switch:
-            switch.check()
+    def _send(self, ask: _Ask) -> _Answer:
+        if ask.switch:
+            ask.switch.check()
         try:
             got = self._call(
                 "get_object",
                 Bucket=self.bucket,
                 Key=self.key,
                 VersionId=self.version,
-                Range=span,
-                IfMatch=if_match,
-                IfNoneMatch=if_none_match,
-                ChecksumMode="ENABLED" if span is None else None,
+                Range=ask.span,
+                IfMatch=ask.if_match,
+                IfNoneMatch=ask.if_none_match,
+                ChecksumMode="ENABLED" if ask.span is None else None,
             )
         except S3CacheError as error:
             if error.status in (304, 412, 416):
@@ -1897,11 +1934,12 @@ class _Signed(_S3):
         headers = {k.lower(): str(v) for k, v in meta.get("HTTPHeaders", {}).items()}
         if "etag" not in headers and got.get("ETag"):
             headers["etag"] = got["ETag"]
-        headers.setdefault("content-length", str(got.get("ContentLength", "")))
+        if got.get("ContentLength") is not None and "transfer-encoding" not in headers:
+            headers.setdefault("content-length", str(got["ContentLength"]))
         if got.get("ContentRange"):
             headers["content-range"] = got["ContentRange"]
         status = meta.get("HTTPStatusCode") or (206 if "content-range" in headers else 200)
-        return self._answer(status, headers, _Stream(got["Body"], self))
+        return self._answer(status, headers, _Stream(got["Body"], self, ask.switch))
 
     def list_page(self, prefix: str, token: str | None) -> tuple[list[_Key], str | None]:
         page = self._call(
@@ -1923,26 +1961,21 @@ class _File(_Source):
     def __init__(self, path: str) -> None:
         self.path = self.uri = path
 
-    def read(
-        self,
-        start: int | None = None,
-        stop: int | None = None,
-        *,
-        if_match: str | None = None,
-        if_none_match: str | None = None,
-        if_modified_since: str | None = None,
-        switch: _Stop | None = None,
-    ) -> _Answer:
+    def _send(self, ask: _Ask) -> _Answer:
         try:
-            file = open(self.path, "rb", buffering=0)
-        except FileNotFoundError:
-            raise NotFoundError(f"Local path not found: {_printable(self.path)}") from None
+            file = open(self.path, "rb", buffering=0)  # noqa: SIM115  the answer owns it
+        except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
+            raise NotFoundError(f"Local path not found: {_printable(self.path)!r}") from None
+        except OSError as error:
+            cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
+            message = f"Cannot read {_printable(self.path)}: {error.strerror}"
+            raise cls(message, errno=error.errno) from None
         size = os.fstat(file.fileno()).st_size
-        if start is None:
+        if ask.start is None:
             return _Answer(200, {"content-length": str(size)}, file)
-        file.seek(start)
-        stop = size if stop is None else min(stop, size)
-        return _Answer(206, {"content-range": f"bytes {start}-{stop - 1}/{size}"}, file)
+        file.seek(ask.start)
+        stop = size if ask.stop is None else min(ask.stop, size)
+        return _Answer(206, {"content-range": f"bytes {ask.start}-{stop - 1}/{size}"}, file)
 
 
 _CLIENT_LOCK = threading.Lock()
@@ -1950,12 +1983,14 @@ _CLIENTS: dict[tuple[tuple[str, str], ...], Any] = {}
 _NO_CREDENTIALS: dict[tuple[tuple[str, str], ...], float] = {}
 
 
-def _own_client(required: bool) -> Any:
+def _own_client(required: bool, endpoint: str) -> Any:
     """Return a boto3 client of our own for the present environment, made once.
 
     Where signing is only a second try (not `required`), None without boto3 or credentials; that
     there are none is remembered for a minute, since asking EC2 for them takes seconds elsewhere.
     """
+    if endpoint:
+        _place(endpoint)  # botocore would show a password in the URL that it refuses
     env = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     with _CLIENT_LOCK:
         if not required and time.monotonic() - _NO_CREDENTIALS.get(env, -60.0) < 60.0:
@@ -1989,42 +2024,56 @@ def _own_client(required: bool) -> Any:
         return client
 
 
+class _Target:
+    """What a URI or path names, taken apart once."""
+
+    __slots__ = ("bucket", "key", "kind", "text")
+
+    def __init__(self, kind: str, text: str, bucket: str = "", key: str = "") -> None:
+        self.kind, self.text, self.bucket, self.key = kind, text, bucket, key
+
+
+def _target(text: str) -> _Target:
+    """Take a URI or path apart; refuse at once what cannot be asked for."""
+    scheme = _scheme(text)
+    if scheme in ("http", "https"):
+        return _Target("http", text)
+    if scheme != "s3":
+        return _Target("local", text)
+    bucket, key = parse_s3_uri(text)
+    _check_key(key)
+    if not key:
+        raise ValueError(f"Not a valid S3 URI of an object: {text!r} ({_S3_FORM})")
+    return _Target("s3", text, bucket, key)
+
+
 class _Access:
-    """Who asks: the caller's ``anonymous`` and ``s3_client``."""
+    """Who asks: the caller's ``anonymous`` and ``s3_client``, and the environment of the call."""
 
     def __init__(self, anonymous: bool | None = None, s3_client: Any = None) -> None:
-        self.anonymous, self.client = anonymous, s3_client
+        self.anonymous, self.client, self.env = anonymous, s3_client, _Env()
 
-    def sources(self, uri: str, version: str | None = None) -> Iterator[_Source]:
-        """Yield the sources to try for a URI: the next one is for a caller that was refused."""
-        scheme = _scheme(uri)
-        if version is not None and scheme != "s3":
-            raise ValueError("version_id is for s3:// objects")
-        if scheme in ("http", "https"):
-            yield _HTTP(uri)
+    def sources(self, target: _Target, version: str | None) -> Iterator[_Source]:
+        """Yield the sources to try: the next one is for a caller that was refused."""
+        if target.kind != "s3":
+            yield _HTTP(target.text, self.env) if target.kind == "http" else _File(target.text)
             return
-        if scheme != "s3":
-            yield _File(uri)
+        bucket, key = target.bucket, target.key
+        if self.client is not None or self.anonymous is False:
+            client = _own_client(True, self.env.endpoint) if self.client is None else self.client
+            yield _Signed(client, bucket, key, version)
             return
-        bucket, key = parse_s3_uri(uri)
-        _check_key(key)
-        if self.client is not None:
-            yield _Signed(self.client, bucket, key, version)
-            return
-        if self.anonymous is False:
-            yield _Signed(_own_client(True), bucket, key, version)
-            return
-        where = (_endpoint(), bucket)
+        where = self.env.endpoint, bucket
         if self.anonymous or where not in _SIGNED_BUCKETS:
-            yield _Unsigned(bucket, key, version)
-        client = None if self.anonymous else _own_client(False)
+            yield _Unsigned(bucket, key, version, self.env)
+        client = None if self.anonymous else _own_client(False, self.env.endpoint)
         if client is not None:
             yield _Signed(client, bucket, key, version)
             _SIGNED_BUCKETS.add(where)
 
-    def attempt(self, uri: str, version: str | None, act: Callable[[_Source], T]) -> T:
+    def attempt(self, target: _Target, version: str | None, act: Callable[[_Source], T]) -> T:
         """Act on the first source; where it is refused, on the next. Remember who was let in."""
-        sources = self.sources(uri, version)
+        sources = self.sources(target, version)
         source = next(sources)
         while True:
             try:
@@ -2166,7 +2215,7 @@ def _pull(
 
     Only a strong ETag tells that the rest is of the same object: without one the error is raised.
     """
-    etag = answer.etag
+    etag, best = answer.etag, sink.at
     while True:
         try:
             while sink.at < stop:
@@ -2174,7 +2223,8 @@ def _pull(
                 if not size:
                     raise TransferError("Body cut short", uri=source.uri, retry="soon")
                 sink.took(size)
-                if _is_strong(etag):
+                if sink.at > best and _is_strong(etag):  # what comes again is no progress
+                    best = sink.at
                     patience.progress()
             return
         except TransferError as error:
@@ -2215,7 +2265,9 @@ def _digests(source: _Source, answer: _Answer) -> list[tuple[str, bytes]]:
     sealed = sealed or "x-amz-server-side-encryption-customer-algorithm" in headers
     if len(md5) == 32 and _HEX.issuperset(md5) and not sealed:
         found.append(("md5", bytes.fromhex(md5)))
-    if not answer.whole or headers.get("x-amz-checksum-type") == "COMPOSITE":
+    if answer.status == 206 and not answer.whole:
+        return found
+    if headers.get("x-amz-checksum-type") == "COMPOSITE":
         return found
     for name in ("sha512", "sha256", "sha1", "crc32"):
         value = headers.get(f"x-amz-checksum-{name}", "")
@@ -2227,7 +2279,24 @@ def _digests(source: _Source, answer: _Answer) -> list[tuple[str, bytes]]:
     return found
 
 
+class _Crc32:
+    """CRC32 with the face of a hashlib object."""
+
+    def __init__(self) -> None:
+        from zlib import crc32
+
+        self._crc32, self._value = crc32, 0
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        self._value = self._crc32(data, self._value)
+
+    def digest(self) -> bytes:
+        return self._value.to_bytes(4, "big")
+
+
 def _hasher(name: str) -> Any:
+    if name == "crc32":
+        return _Crc32()
     import hashlib
 
     return hashlib.new(name, usedforsecurity=False)
@@ -2241,15 +2310,9 @@ def _mismatch(source: _Source, name: str) -> IntegrityError:
 def _check_bytes(source: _Source, answer: _Answer, data: bytearray) -> None:
     """Compare a whole object with what S3 promises of it."""
     for name, promised in _digests(source, answer):
-        if name == "crc32":
-            from zlib import crc32
-
-            actual = crc32(data).to_bytes(4, "big")
-        else:
-            digest = _hasher(name)
-            digest.update(data)
-            actual = digest.digest()
-        if actual != promised:
+        digest = _hasher(name)
+        digest.update(data)
+        if digest.digest() != promised:
             raise _mismatch(source, name)
 
 
@@ -2353,14 +2416,14 @@ def _validator(answer: _Answer) -> str:
 class _Entry:
     """One published object, as its name and lstat tell."""
 
-    __slots__ = ("crc", "name", "path", "private", "size", "stamp", "tail", "validator")
+    __slots__ = ("crc", "held", "name", "path", "private", "size", "stamp", "tail", "validator")
 
     def __init__(self, directory: str, name: str) -> None:
         _, access, size, crc, self.tail = name.split("_", 4)
-        self.path, self.name = os.path.join(directory, name), name
+        self.path, self.name = directory + os.sep + name, name
         self.private, self.validator = access[0] == "p", access[1:]
         self.size, self.crc = int(size, 16), crc
-        self.stamp = 0.0
+        self.stamp, self.held = 0.0, -1
 
     @property
     def etag(self) -> str | None:
@@ -2381,7 +2444,8 @@ class _Entry:
         except OSError:
             return False
         self.stamp = found.st_mtime
-        return stat.S_ISREG(found.st_mode) and found.st_size == self.size
+        self.held = found.st_size if stat.S_ISREG(found.st_mode) else -1
+        return self.held == self.size
 
 
 def _parse_entry(directory: str, name: str) -> _Entry | None:
@@ -2421,19 +2485,31 @@ def _unlink(path: str) -> bool:
 
 
 def _rename(source: str, target: str) -> None:
-    """Rename, as patiently as Windows wants it: a scanner or a peer may hold a file for a moment."""
+    """Rename, as patiently as Windows wants it: a scanner may hold a file for a moment."""
     for pause in (0.0, 0.02, 0.1, 0.3, 0.6):
         time.sleep(pause) if pause else None
         try:
             return os.replace(source, target)
+        except IsADirectoryError:  # none of ours: aside with it, where the sweep finds it
+            os.rename(target, os.path.join(os.path.dirname(target), f".t{_random()}"))
         except PermissionError:
             if os.name != "nt":
                 raise
     os.replace(source, target)
 
 
+def _publish(temporary: str, final: str) -> str:
+    """Make a whole file visible. If a peer took it away: use what it published, or start anew."""
+    try:
+        _rename(temporary, final)
+    except FileNotFoundError:
+        if not _Entry(*os.path.split(final)).check():
+            raise _Changed from None
+    return final
+
+
 def _checksum(crcs: Sequence[int]) -> str:
-    """Return the checksum in a name: the CRC32 of a lone chunk, of more the CRC32 of their CRC32s."""
+    """Return the checksum in a name: a lone chunk's CRC32, of more the CRC32 of their CRC32s."""
     from zlib import crc32
 
     if len(crcs) == 1:
@@ -2444,7 +2520,9 @@ def _checksum(crcs: Sequence[int]) -> str:
 def _crc_of_bytes(data: memoryview) -> str:
     from zlib import crc32
 
-    starts = range(0, len(data) or 1, _CHUNK)
+    if len(data) <= _CHUNK:
+        return f"{crc32(data):08x}"
+    starts = range(0, len(data), _CHUNK)
     return _checksum([crc32(data[at : at + _CHUNK]) for at in starts])
 
 
@@ -2499,10 +2577,8 @@ class _Store:
     def __init__(self, cache_dir: str) -> None:
         self.cache_dir = cache_dir
         self.root = os.path.join(cache_dir, "aind-s3-cache")
-        self.objects = os.path.join(self.root, "objects")
-        self.partial = os.path.join(self.root, "partial")
-        self.trees = os.path.join(self.root, "trees")
-        self.locks = os.path.join(self.root, "locks")
+        folders = (self.root + os.sep + name for name in ("objects", "partial", "trees", "locks"))
+        self.objects, self.partial, self.trees, self.locks = folders
 
     def exists(self) -> bool:
         """Tell whether the root is there; refuse it where others could have planted it."""
@@ -2538,7 +2614,7 @@ class _Store:
         os.makedirs(directory, exist_ok=True)
 
     def shard(self, ident: str) -> str:
-        return os.path.join(self.objects, ident[:2])
+        return self.objects + os.sep + ident[:2]
 
     def find(self, ident: str, private: bool) -> list[_Entry]:
         """Return the whole entries of an object, validated last first."""
@@ -2580,7 +2656,7 @@ class _Store:
             pass
 
     def confirm(self, path: str) -> bool:
-        """Stamp a path as validated just now. False if it is gone; a read-only cache is no matter."""
+        """Stamp a path as validated just now; False if it is gone. A read-only cache will do."""
         try:
             os.utime(path, follow_symlinks=os.utime not in os.supports_follow_symlinks)
         except FileNotFoundError:
@@ -2605,8 +2681,8 @@ class _Store:
     def add(self, ident: str, name: str, data: memoryview, private: bool) -> str:
         """Publish a small object: one private file, one write, one rename."""
         directory = self.shard(ident)
-        temporary = os.path.join(directory, f".t{_random()}")
-        final = os.path.join(directory, name)
+        temporary = f"{directory}{os.sep}.t{_random()}"
+        final = directory + os.sep + name
         mode = 0o600 if private else 0o444
         with _Disk(directory, len(data)):
             try:
@@ -2619,11 +2695,10 @@ class _Store:
                     _write_all(fd, data)
                 finally:
                     os.close(fd)
-                _rename(temporary, final)
+                return _publish(temporary, final)
             except BaseException:
                 _unlink(temporary)
                 raise
-        return final
 
     def partials(self, prefix: str) -> list[str]:
         """Return the paths, without ending, of the partial files whose name begins so."""
@@ -2747,18 +2822,13 @@ class _Spool:
 
     def _reset(self) -> None:
         self.crcs: list[int] = []
-        self._whole_crc = 0
-        self._hashes = {name: _hasher(name) for name in self._names if name != "crc32"}
+        self._hashes = {name: _hasher(name) for name in self._names}
 
     def write(self, view: memoryview, offset: int) -> None:
-        from zlib import crc32
-
         with _Disk(self.directory, self.need):
             _write_all(self._fd, view)
         for digest in self._hashes.values():
             digest.update(view)
-        if "crc32" in self._names:
-            self._whole_crc = crc32(view, self._whole_crc)
 
     def finish(self, index: int, crc: int) -> None:
         self.crcs.append(crc)
@@ -2770,8 +2840,6 @@ class _Spool:
         self._reset()
 
     def digest(self, name: str) -> bytes:
-        if name == "crc32":
-            return self._whole_crc.to_bytes(4, "big")
         return bytes(self._hashes[name].digest())
 
     def publish(self, name: str) -> str:
@@ -2779,8 +2847,7 @@ class _Spool:
         with _Disk(self.directory, self.need):
             fd, self._fd = self._fd, -1
             os.close(fd)
-            _rename(self._path, final)
-        return final
+            return _publish(self._path, final)
 
     def close(self) -> None:
         """Remove what was not published."""
@@ -2876,7 +2943,7 @@ class _Partial:
         try:
             for ending in (".data", ".log"):
                 fd = os.open(path + ending, flags | getattr(os, "O_BINARY", 0))
-                files.append(open(fd, "rb", buffering=0))
+                files.append(open(fd, "rb", buffering=0))  # noqa: SIM115  closed below
                 found = os.fstat(fd)
                 mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
                 if not mine or not stat.S_ISREG(found.st_mode):
@@ -2914,11 +2981,7 @@ class _Partial:
             os.utime(self.fd) if os.utime in os.supports_fd else None
             self.store.make(directory)
             self.close()
-            try:
-                _rename(self.path + ".data", final)
-            except FileNotFoundError:  # a peer published this version and dropped ours
-                if not _Entry(directory, name).check():
-                    raise
+            _publish(self.path + ".data", final)
         self.store.drop_partials(self.key)
         return final
 
@@ -2935,7 +2998,7 @@ class _Partial:
             self.release()
 
     def release(self) -> None:
-        """Close when the last thread has let go: a descriptor number may be another file's by then."""
+        """Close when the last thread lets go: it may write, and the number be another file's."""
         with self.lock:
             self._users -= 1
             if self._users == 0:
@@ -2972,10 +3035,10 @@ class _Record:
     def _values(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.__slots__)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: object = None) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable")
 
-    __delattr__ = __setattr__  # type: ignore[assignment]
+    __delattr__ = __setattr__
 
     def __eq__(self, other: object) -> bool:
         return self._values() == other._values() if type(other) is type(self) else NotImplemented
@@ -3014,7 +3077,7 @@ class CacheEntry(_Record):
         A newer version of the same object is there.
     """
 
-    __slots__ = (
+    __slots__ = (  # noqa: RUF023  in the order of the constructor
         "path", "name", "kind", "size", "last_used", "last_validated", "etag", "private",
         "superseded",
     )  # fmt: skip
@@ -3084,8 +3147,7 @@ def _plan_prune(
     for unit in sorted(units, key=order):
         idle = now - last_use(unit)
         old = max_age is not None and idle > max_age
-        if unit.entry.kind == "partial" and max_age is None and max_size is None:
-            old = idle > _ORPHAN_AGE
+        old = old or (unit.entry.kind == "partial" and idle > _ORPHAN_AGE)
         if idle <= _GRACE or not (old or (max_size is not None and total > max_size)):
             continue
         plan.append(unit)
@@ -3102,9 +3164,19 @@ def _is_ours(name: str) -> bool:
     return _parse_entry("", name[2:] if name[:2] in (".u", ".v") else name) is not None
 
 
+def _is_tree(path: str) -> bool:
+    """Tell whether a path in ``trees`` is a snapshot of ours, or one being made."""
+    name = os.path.basename(path)
+    hexes = name[:20] + name[22:38]
+    ours = name[20:22] in ("_o", "_p") and name[38:39] == "_" and _HEX.issuperset(hexes)
+    return (ours or name[:2] == ".t") and not os.path.islink(path)
+
+
 def _list(path: str) -> list[str]:
-    """Return the paths in a directory, none if it is not there."""
+    """Return the paths in a directory, none if it is not there, or only a link to one."""
     try:
+        if os.path.islink(path):
+            return []
         return sorted(os.path.join(path, name) for name in os.listdir(path))
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -3128,20 +3200,17 @@ class _Keeper:
             return []
         with _Disk(self.store.root):
             objects = [unit for shard in _list(self.store.objects) for unit in self._shard(shard)]
-            trees = [self._tree(path) for path in _list(self.store.trees) if self._named(path)]
+            named = [p for p in _list(self.store.trees) if os.path.basename(p)[:1] != "."]
+            trees = [self._tree(path) for path in named if _is_tree(path)]
             partials = [self._part(path) for path in self.store.partials("")]
         return objects + trees + partials
-
-    @staticmethod
-    def _named(path: str) -> bool:
-        return not os.path.basename(path).startswith(".")
 
     def _shard(self, shard: str) -> list[_Unit]:
         """Return the objects of a shard; of each the one validated last supersedes the others."""
         found: dict[str, list[tuple[float, _Entry]]] = {}
         for path in _list(shard):
             entry = _parse_entry(*os.path.split(path))
-            if entry and entry.check():
+            if entry and (entry.check() or entry.held >= 0):
                 group = found.setdefault(entry.name[:21] + ("p" if entry.private else "o"), [])
                 group.append((self.store.validated(entry), entry))
         units = []
@@ -3153,8 +3222,9 @@ class _Keeper:
 
     def _unit(self, entry: _Entry, validated: float, superseded: bool) -> _Unit:
         used = max(validated, self.store._sidecar(entry.path, "u"))
+        superseded = superseded or entry.held != entry.size  # nobody will be served it
         record = CacheEntry(
-            entry.path, entry.tail, "object", entry.size, used, validated, entry.etag,
+            entry.path, entry.tail, "object", entry.held, used, validated, entry.etag,
             entry.private, superseded,
         )  # fmt: skip
         return _Unit(record, _inodes([entry.path]))
@@ -3247,7 +3317,7 @@ class _Keeper:
             if unit.entry.kind == "object":
                 entry = _Entry(*os.path.split(unit.entry.path))
                 try:
-                    good = _crc_of_file(entry.path) == entry.crc
+                    good = entry.check() and _crc_of_file(entry.path) == entry.crc
                 except FileNotFoundError:
                     continue
                 except OSError:
@@ -3263,7 +3333,7 @@ class _Keeper:
         if not self.store.exists():
             return
         with _Disk(self.store.root):
-            for path in _list(self.store.trees):
+            for path in filter(_is_tree, _list(self.store.trees)):
                 _remove_tree(path)
             files = [p for shard in _list(self.store.objects) for p in _list(shard)]
             files = [p for p in files if _is_ours(os.path.basename(p))]
@@ -3367,11 +3437,31 @@ def _too_large(source: _Source, limit: int) -> InvalidJSONError:
     return InvalidJSONError(f"JSON document of more than {_human(limit)}", uri=source.uri)
 
 
-def _inflate(data: bytearray, source: _Source, coding: str) -> bytes:
+def _decompress(data: bytes, wbits: int, limit: int) -> bytes | None:
+    """Undo one compression, in members as gzip may have (RFC 1952, 2.2); None if it is cut short.
+
+    Returns more than limit bytes for what would be longer, and never much more.
+    """
+    import zlib
+
+    out = b""
+    while data and len(out) <= limit:
+        member = zlib.decompressobj(wbits)
+        out += member.decompress(data, limit + 1 - len(out))
+        if not member.eof and len(out) <= limit:
+            return None
+        data = member.unused_data.lstrip(b"\0")
+    return out
+
+
+def _inflate(data: bytes, source: _Source, coding: str) -> bytes:
     """Undo Content-Encoding gzip or deflate, and no more of it than the ceiling (gzip bombs)."""
     import zlib
 
-    for coding in reversed([c.strip().lower() for c in coding.split(",")]):
+    if source.kind == "local" and data[:2] == b"\x1f\x8b":  # as it was stored: no JSON begins so
+        coding = "gzip"
+    for name in reversed(coding.split(",")):
+        coding = name.strip().lower()
         if coding in ("", "identity", "aws-chunked"):
             continue
         if coding not in ("gzip", "x-gzip", "deflate"):
@@ -3379,17 +3469,16 @@ def _inflate(data: bytearray, source: _Source, coding: str) -> bytes:
                 f"Unknown Content-Encoding {_printable(coding)!r}", uri=source.uri
             )
         raw = coding == "deflate" and data[:1] != b"\x78"  # some send deflate without zlib's header
-        inflater = zlib.decompressobj(-15 if raw else 47)
         try:
-            out = inflater.decompress(data, _JSON_LIMIT + 1)
+            out = _decompress(data, -15 if raw else 47, _JSON_LIMIT)
         except zlib.error as error:
             raise InvalidJSONError(f"Invalid {coding} data: {error}", uri=source.uri) from None
+        if out is None:
+            raise InvalidJSONError(f"Truncated {coding} data", uri=source.uri)
         if len(out) > _JSON_LIMIT:
             raise _too_large(source, _JSON_LIMIT)
-        if not inflater.eof:
-            raise InvalidJSONError(f"Truncated {coding} data", uri=source.uri)
-        data = bytearray(out)
-    return bytes(data)
+        data = out
+    return data
 
 
 def _parse_json(data: bytes, source: _Source) -> dict[str, Any]:
@@ -3431,7 +3520,7 @@ def _read_json(source: _Source) -> dict[str, Any]:
             patience.after(error)
         else:
             _QUOTA.give()
-            plain = _inflate(data, source, answer.headers.get("content-encoding", ""))
+            plain = _inflate(bytes(data), source, answer.headers.get("content-encoding", ""))
             return _parse_json(plain, source)
 
 
@@ -3441,22 +3530,34 @@ def _is_offline(offline: bool = False) -> bool:
     return offline or flag.lower() in ("1", "true", "yes", "on")
 
 
-def _cached_json(uri: str, access: _Access) -> dict[str, Any]:
+def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
     """Return a document from the default cache: offline, that is all there is."""
-    for source in access.sources(uri):
-        if isinstance(source, _File):
-            return _read_json(source)
-        store = _Store(_default_cache_dir())
-        for entry in store.find(_ident(source), access.anonymous is not True):
-            return _read_json(_File(entry.path))
-        break
-    raise OfflineError("Not in the cache, and offline", uri=uri)
+    store = _Store(_default_cache_dir())
+    source = next(access.sources(target, None))
+    for entry in store.find(_ident(source), access.anonymous is not True):
+        return _read_json(_File(entry.path))
+    raise OfflineError("Not in the cache, and offline", uri=source.uri)
 
 
-def _load_json(uri: str, access: _Access) -> dict[str, Any]:
-    if _is_offline():
-        return _cached_json(uri, access)
-    return access.attempt(uri, None, _read_json)
+def _load_json(target: _Target, access: _Access) -> dict[str, Any]:
+    if _is_offline() and target.kind != "local":
+        return _cached_json(target, access)
+    return access.attempt(target, None, _read_json)
+
+
+def _load_json_s3(
+    bucket: str, key: str, s3_client: Any, anonymous: bool | None, anon: bool | None
+) -> dict[str, Any]:
+    """Read from a bucket; the caller's caller is who is warned of ``anon``."""
+    if anon is not None:
+        import warnings
+
+        warnings.warn("'anon' is deprecated, use 'anonymous'", DeprecationWarning, stacklevel=3)
+        anonymous = anon
+    target = _target(f"s3://{_text(bucket)}/{_text(key)}")
+    if target.bucket != bucket:
+        raise ValueError(f"Not a valid S3 URI: no bucket can be called {_printable(bucket)!r}")
+    return _load_json(target, _Access(anonymous, s3_client))
 
 
 def get_json_s3(
@@ -3497,12 +3598,7 @@ def get_json_s3(
     OfflineError
         ``AIND_S3_CACHE_OFFLINE`` is set and the default cache does not hold the object.
     """
-    if anon is not None:
-        import warnings
-
-        warnings.warn("'anon' is deprecated, use 'anonymous'", DeprecationWarning, stacklevel=2)
-        anonymous = anon
-    return _load_json(f"s3://{bucket}/{key}", _Access(anonymous, s3_client))
+    return _load_json_s3(bucket, key, s3_client, anonymous, anon)
 
 
 def get_json_s3_uri(
@@ -3515,8 +3611,7 @@ def get_json_s3_uri(
     ValueError
         Not an S3 URI.
     """
-    bucket, key = parse_s3_uri(uri)
-    return get_json_s3(bucket, key, s3_client, anonymous)
+    return _load_json_s3(*parse_s3_uri(uri), s3_client, anonymous, None)
 
 
 def get_json_url(url: str) -> dict[str, Any]:
@@ -3529,7 +3624,7 @@ def get_json_url(url: str) -> dict[str, Any]:
     """
     if _scheme(_text(url)) not in ("http", "https"):
         raise ValueError(f"Not an http(s) URL: {_redact(_text(url))!r}")
-    return _load_json(_text(url), _Access())
+    return _load_json(_target(_text(url)), _Access())
 
 
 def get_json(
@@ -3567,10 +3662,10 @@ def get_json(
     """
     text = _text(file_url_or_bucket)
     if key is not None:
-        return get_json_s3(text, key, s3_client, anonymous, anon)
+        return _load_json_s3(text, key, s3_client, anonymous, anon)
     scheme = _scheme(text)
     if scheme == "s3":
-        return get_json_s3(*parse_s3_uri(text), s3_client, anonymous, anon)
+        return _load_json_s3(*parse_s3_uri(text), s3_client, anonymous, anon)
     if scheme in ("http", "https"):
         return get_json_url(text)
     return _read_json(_File(_local_path(text)))
@@ -3655,6 +3750,29 @@ class _Meter:
         pass
 
 
+class _Tally(_Meter):
+    """Counts for another meter what one attempt brings, so that it can be taken back."""
+
+    def __init__(self, meter: _Meter) -> None:
+        super().__init__(self._count)
+        self._meter, self._done, self._expected = meter, 0, 0
+
+    def _count(self, size: int) -> None:
+        self._done += size
+        self._meter(size)
+
+    def expect(self, size: int) -> None:
+        self._expected += size
+        self._meter.expect(size)
+
+    def undo(self) -> None:
+        """Start again from nothing."""
+        if self._done:
+            self._meter(-self._done)
+        self._meter.expect(-self._expected)
+        self._done = self._expected = 0
+
+
 class _Bar(_Meter):
     """One line on a terminal: bytes, rate, estimate; nothing at all anywhere else."""
 
@@ -3698,6 +3816,8 @@ def _meter(progress: Progress) -> _Meter | None:
         return None
     if progress is True:
         return _Bar()
+    if not callable(progress):
+        raise TypeError("progress must be True or callable")
     return progress if isinstance(progress, _Meter) else _Meter(progress)
 
 
@@ -3719,19 +3839,26 @@ class _Options:
     ) -> None:
         if max_concurrency < 1 or multipart_threshold_bytes < 1:
             raise ValueError("max_concurrency and multipart_threshold_bytes must be at least 1")
-        self.cache_dir = (
-            None if cache_dir is None else os.path.abspath(os.path.expanduser(_text(cache_dir)))
-        )
+        if version_id is not None and not isinstance(version_id, str):
+            raise TypeError("version_id must be str")
+        cache_dir = _text(cache_dir or "")
+        if _scheme(cache_dir):
+            raise ValueError(f"cache_dir must be a directory, not {_redact(cache_dir)!r}")
+        cache_dir = os.path.abspath(os.path.expanduser(cache_dir)) if cache_dir else ""
+        self.store = _Store(cache_dir or _default_cache_dir())
         self.access = _Access(anonymous, s3_client)
         self.max_concurrency, self.threshold = max_concurrency, multipart_threshold_bytes
-        self.max_age, self.offline, self.stale_if_error = max_age, offline, stale_if_error
+        self.max_age, self.stale_if_error = max_age, stale_if_error
+        self.offline = _is_offline(offline)
         self.version = version_id
         self.meter: _Meter | None = None
         self.switch: _Stop | None = None
 
-    @property
-    def store(self) -> _Store:
-        return _Store(_default_cache_dir() if self.cache_dir is None else self.cache_dir)
+    def under(self, switch: _Stop) -> _Options:
+        """Return the same options for work that this switch stops."""
+        other = object.__new__(_Options)
+        other.__dict__.update(self.__dict__, switch=switch)
+        return other
 
     @property
     def asked(self) -> int:
@@ -3747,7 +3874,7 @@ class _Flight:
     """Lets one thread of this process at a time fetch an object; the thread may enter twice."""
 
     def __init__(self, store: _Store, ident: str) -> None:
-        self._key = store.root, ident
+        self._key, self.waited = (store.root, ident), False
 
     def acquire(self, blocking: bool = True) -> bool:
         with _FLIGHTS_LOCK:
@@ -3773,7 +3900,9 @@ class _Flight:
                 del _FLIGHTS[self._key]
 
     def __enter__(self) -> _Flight:
-        self.acquire()
+        self.waited = not self.acquire(blocking=False)
+        if self.waited:
+            self.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -3900,10 +4029,17 @@ class _Download:
     """A large object on its way to disk: parallel ranges, each pinned to one version."""
 
     def __init__(
-        self, source: _Source, answer: _Answer, file: _Partial, opt: _Options, first: bool
+        self,
+        source: _Source,
+        answer: _Answer,
+        file: _Partial,
+        opt: _Options,
+        first: bool,
+        progress: Callable[[int], object],
     ) -> None:
-        assert answer.etag is not None and answer.total is not None
-        self.source, self.answer, self.file, self.opt = source, answer, file, opt
+        assert answer.etag is not None
+        assert answer.total is not None
+        self.source, self.file, self.opt, self.progress = source, file, opt, progress
         self.etag, self.total = answer.etag, answer.total
         self.first: _Answer | None = answer if first else None
         self.single = first and answer.status == 200
@@ -3914,8 +4050,7 @@ class _Download:
 
     def count(self, size: int) -> None:
         self.received += size
-        if self.opt.meter:
-            self.opt.meter(size)
+        self.progress(size)
 
     def work(self) -> None:
         """Fetch runs of chunks until none is free: what one worker does."""
@@ -3987,14 +4122,6 @@ class _Download:
             self.opt.switch.drop(self.switch)
 
 
-def _find_version(store: _Store, source: _Source, ident: str, answer: _Answer) -> _Entry | None:
-    """Return the entry that holds the very version which an answer is of."""
-    for entry in store.find(ident, source.signed):
-        if _is_same(entry, answer):
-            return entry
-    return None
-
-
 def _is_same(entry: _Entry, answer: _Answer) -> bool:
     """Tell whether an entry holds what an answer brings: same ETag, or same date and size."""
     validator = _validator(answer)
@@ -4003,250 +4130,205 @@ def _is_same(entry: _Entry, answer: _Answer) -> bool:
     return answer.total == entry.size or (answer.total is None and validator[0] != "m")
 
 
-def _await_peer(
-    store: _Store, ident: str, lock: _Lock | None, found: Callable[[], T | None]
-) -> T | None:
-    """Wait while another process's download grows; return what it published, or None: our turn.
-
-    With a lock, it is our turn as soon as we get it; without, when the peer's partial file is gone.
-    """
+def _await_peer(store: _Store, ident: str, lock: _Lock, found: Callable[[], T | None]) -> T | None:
+    """Wait while another process's download grows; return what it published, or None: our turn."""
     pulse, since = -1, time.monotonic()
     while True:
         result = found()
-        if result or (lock and lock.acquire()):
+        if result or lock.acquire():
             return result
         beat = store.pulse(ident)
         if beat != pulse:
             pulse, since = beat, time.monotonic()
-        if (not beat and not lock) or time.monotonic() - since > _PEER_PATIENCE:
+        if time.monotonic() - since > _PEER_PATIENCE:
             return None
         time.sleep(0.05)
 
 
-def _bring_large(
-    source: _Source, answer: _Answer, opt: _Options, store: _Store, ident: str, adopt: bool
-) -> tuple[str, bool]:
-    """Download a large object with a strong ETag; return its path, and whether a peer brought it."""
+class _Fetch:
+    """One object on its way from a source into a store."""
 
-    def found() -> _Entry | None:
-        return _find_version(store, source, ident, answer)
+    def __init__(self, source: _Source, opt: _Options, ident: str) -> None:
+        self.source, self.opt, self.store, self.ident = source, opt, opt.store, ident
+        self.tally = _Tally(opt.meter) if opt.meter else None
+        self.patience = _Patience(opt.switch)
+        self.plain = False  # ask without range and conditions
+        self.doubted = False  # bytes were not as promised: use nothing of that try
+        self.changes = 0
 
-    # 1. One thread of this process, then one process of all that share the directory: whoever has
-    #    to wait lets go of the answer it already has, and looks again.
-    flight, lock = _Flight(store, ident), _Lock(store, ident)
-    first = flight.acquire(blocking=False)
-    if not first:
-        answer.body.close()
-        flight.acquire()
-    try:
-        if first and not lock.acquire():
-            answer.body.close()
-            first = False
-        entry = None if first else _await_peer(store, ident, lock, found)
-        if entry and store.confirm(entry.path):
-            return entry.path, True
-        # 2. What peers and the dead left of this very version is copied, the rest is fetched.
-        return _fetch_large(source, answer, opt, store, ident, adopt, first, found)
-    finally:
-        if first:
-            answer.body.close()
-        lock.release()
-        flight.release()
-
-
-def _fetch_large(
-    source: _Source,
-    answer: _Answer,
-    opt: _Options,
-    store: _Store,
-    ident: str,
-    adopt: bool,
-    first: bool,
-    found: Callable[[], _Entry | None],
-) -> tuple[str, bool]:
-    """Fetch, check and publish what nobody else has published."""
-    assert answer.total is not None
-    validator, total = _validator(answer), answer.total
-    version = _digest(validator, str(total), str(_CHUNK), str(source.signed))[:16]
-    file = _Partial(store, ident, version, total, source.signed)
-    hashers: list[tuple[_Behind, bytes]] = []
-    try:
-        if first:
-            file.take_first(answer.stop or 0)
-        if opt.meter:
-            opt.meter.expect(total)
-        copied = file.adopt() if adopt else 0
-        _log(_INFO, "downloading %s: %d bytes, %d of them found", source.uri, total, copied)
-        hashers = [(_Behind(file, name), want) for name, want in _digests(source, answer)]
-        entry = _run_download(_Download(source, answer, file, opt, first), found)
-        if entry and store.confirm(entry.path):
-            file.discard()
-            return entry.path, True
-        if any(hasher.digest() != want for hasher, want in hashers):
-            raise _mismatch(source, "md5")
-        name = store.name(ident, source.signed, validator, total, _checksum(file.crcs), source.name)
-        path = file.publish(store.shard(ident), name)
-        _QUOTA.give()
-        return path, False
-    except BaseException as error:
-        for hasher, _ in hashers:
-            hasher.cancel()
-        keep = isinstance(error, (TransferError, KeyboardInterrupt)) and 2 in file.state
-        if not keep:
-            file.discard()
-        raise
-    finally:
-        file.close()
-
-
-def _run_download(download: _Download, found: Callable[[], _Entry | None]) -> _Entry | None:
-    """Run a download; where the server turns out to ignore ranges, once more as a single stream."""
-    try:
-        return download.run(found)
-    except _RangeIgnored:
-        file = download.file
-        with file.lock:
-            file.state[:] = bytes(file.count)
-        again = download.source.read(if_match=download.etag, switch=download.opt.switch)
-        if again.status != 200 or again.etag != download.etag or again.total != download.total:
-            again.body.close()
-            raise _Changed from None
-        file.take_first(download.total)
-        return _Download(download.source, again, file, download.opt, True).run(found)
-
-
-def _bring_stream(
-    source: _Source, answer: _Answer, opt: _Options, store: _Store, ident: str, patience: _Patience
-) -> str:
-    """Write one body to disk in order: of medium size, or of a length that nobody knows yet."""
-    digests = _digests(source, answer)
-    validator = _validator(answer)
-    names = [name for name, _ in digests] or ([] if validator else ["sha256"])
-    if opt.meter and answer.total is not None:
-        opt.meter.expect(answer.total)
-    file = _Spool(store, ident, source.signed, answer.total or 0, names)
-    try:
-        buffer = memoryview(bytearray(_BUFFER))
-        sink = _Chunks(file, 0, answer.total, buffer, opt.meter)
-        if answer.total is None:
-            _pull_to_end(answer, sink)
-        else:
-            _pull(source, answer, sink, answer.total, answer.total, patience)
-        for name, want in digests:
-            if file.digest(name) != want:
-                raise _mismatch(source, name)
-        if not validator:
-            validator = "n" + file.digest("sha256").hex()[:20]
-        crc = _checksum(file.crcs)
-        name = store.name(ident, source.signed, validator, sink.at, crc, source.name)
-        return file.publish(name)
-    finally:
-        answer.body.close()
-        file.close()
-
-
-def _bring_small(
-    source: _Source, answer: _Answer, opt: _Options, store: _Store, ident: str, patience: _Patience
-) -> str:
-    """Keep a small object in memory until it is whole and checked, then write it at once."""
-    assert answer.total is not None
-    sink = _Bytes(answer.total, opt.meter)
-    if opt.meter:
-        opt.meter.expect(answer.total)
-    _pull(source, answer, sink, answer.total, answer.total, patience)
-    _check_bytes(source, answer, sink.data)
-    validator = _validator(answer)
-    if not validator:
-        sha = _hasher("sha256")
-        sha.update(sink.data)
-        validator = "n" + sha.hexdigest()[:20]
-    crc = _crc_of_bytes(sink.view)
-    name = store.name(ident, source.signed, validator, answer.total, crc, source.name)
-    return store.add(ident, name, sink.view, source.signed)
-
-
-def _fetch(
-    source: _Source, opt: _Options, store: _Store, ident: str, held: list[_Entry]
-) -> LocalizedResource:
-    """Ask the server once, with what we hold as the condition, and do what its answer says."""
-    patience, changes, plain, doubted = _Patience(opt.switch), 0, False, False
-    while True:
-        newest = held[0] if held and not plain else None
-        etag, modified = (newest.etag, newest.modified) if newest else (None, None)
-        try:
-            if plain:
-                answer = source.read(switch=opt.switch)
-            else:
-                answer = source.read(
-                    0,
-                    opt.asked,
-                    if_none_match=etag,
-                    if_modified_since=modified,
-                    switch=opt.switch,
-                )
-            same = next((entry for entry in held if _is_same(entry, answer)), None)
+    def run(self, held: list[_Entry]) -> LocalizedResource:
+        """Ask, with what we hold as the condition, until the answer is one to keep."""
+        while True:
             try:
-                verdict = _judge(answer, bool(etag or modified), same is not None, opt.asked)
-            except BaseException:
-                answer.body.close()
-                raise
+                found = self._once(held)
+                if found:
+                    return found
+                held = []  # gone since we looked: ask without a condition
+            except _Changed:
+                self.changes += 1
+                if self.changes > _CHANGES:
+                    text = f"The object changed {self.changes} times while it was downloaded"
+                    raise IntegrityError(text, uri=self.source.uri) from None
+            except _RangeIgnored:
+                self.plain = True
+            except IntegrityError:
+                if self.doubted:
+                    raise
+                self.doubted = True
+            except TransferError as error:
+                error.uri = error.uri or self.source.uri
+                self.patience.after(error)
+            if self.tally:
+                self.tally.undo()
+
+    def _once(self, held: list[_Entry]) -> LocalizedResource | None:
+        """Ask once and do what the answer says; None if what we held is gone."""
+        newest = held[0] if held and not self.plain else None
+        answer = self._ask(newest)
+        try:
+            same = next((entry for entry in held if _is_same(entry, answer)), None)
+            sent = newest is not None and newest.validator[0] != "n"
+            verdict = _judge(answer, sent, same is not None, self.opt.asked)
             if verdict == "unchanged":
                 answer.body.close()
                 entry = same or newest
-                assert entry is not None
-                if store.confirm(entry.path):
-                    return _held(source, entry, "revalidated")
-                held = []  # gone since we looked: ask without a condition
-            elif verdict == "again":
-                answer.body.close()
-                if plain:
-                    raise TransferError(
-                        "The server refuses to send the object", status=answer.status
-                    )
-                plain = True
+                kept = entry is not None and self.store.confirm(entry.path)
+                return _held(self.source, entry, "revalidated") if entry and kept else None
+            if verdict == "again" and self.plain:
+                status = answer.status
+                raise TransferError("The server refuses to send the object", status=status)
+            if verdict == "again":
+                raise _RangeIgnored
+            return self._bring(verdict, answer)
+        finally:
+            answer.body.close()
+
+    def _ask(self, newest: _Entry | None) -> _Answer:
+        if self.plain:
+            return self.source.read(switch=self.opt.switch)
+        return self.source.read(
+            0,
+            self.opt.asked,
+            if_none_match=newest.etag if newest else None,
+            if_modified_since=newest.modified if newest else None,
+            switch=self.opt.switch,
+        )
+
+    def _bring(self, verdict: str, answer: _Answer) -> LocalizedResource:
+        """Bring an object in the way that fits it."""
+        status, size = "downloaded", answer.total
+        if self.tally and size is not None:
+            self.tally.expect(size)
+        if verdict == "parts" and not (answer.whole and (size or 0) <= _SMALL):
+            path, shared = self._large(answer)
+            status = "revalidated" if shared else status
+        else:
+            fits = size is not None and size <= _CHUNK
+            path = self._small(answer, size or 0) if fits else self._stream(answer)
+        _QUOTA.give()
+        entry = _Entry(*os.path.split(path))
+        _log(_INFO, "%s %s: %d bytes", status, self.source.uri, entry.size)
+        return _held(self.source, entry, status)
+
+    def _name(self, validator: str, size: int, crc: str) -> str:
+        return self.store.name(
+            self.ident, self.source.signed, validator, size, crc, self.source.name
+        )
+
+    def _small(self, answer: _Answer, size: int) -> str:
+        """Keep a small object in memory until it is whole and checked, then write it at once."""
+        sink = _Bytes(size, self.tally)
+        _pull(self.source, answer, sink, size, size, self.patience)
+        _check_bytes(self.source, answer, sink.data)
+        validator = _validator(answer)
+        if not validator:
+            sha = _hasher("sha256")
+            sha.update(sink.data)
+            validator = "n" + sha.hexdigest()[:20]
+        name = self._name(validator, size, _crc_of_bytes(sink.view))
+        return self.store.add(self.ident, name, sink.view, self.source.signed)
+
+    def _stream(self, answer: _Answer) -> str:
+        """Write one body to disk in order: of medium size, or of a length nobody knows yet."""
+        digests, validator = _digests(self.source, answer), _validator(answer)
+        names = [name for name, _ in digests] + ([] if validator else ["sha256"])
+        total = answer.total
+        file = _Spool(self.store, self.ident, self.source.signed, total or 0, names)
+        try:
+            sink = _Chunks(file, 0, total, memoryview(bytearray(_BUFFER)), self.tally)
+            if total is None:
+                _pull_to_end(answer, sink)
             else:
-                path, shared = _bring(verdict, source, answer, opt, store, ident, patience, doubted)
-                _QUOTA.give()
-                if shared:
-                    return _held(source, _Entry(*os.path.split(path)), "revalidated")
-                entry = _Entry(*os.path.split(path))
-                _log(_INFO, "downloaded %s: %d bytes", source.uri, entry.size)
-                return _held(source, entry, "downloaded")
-        except _Changed:
-            changes += 1
-            if changes > _CHANGES:
-                message = f"The object changed {changes} times while it was downloaded"
-                raise IntegrityError(message, uri=source.uri) from None
-        except IntegrityError:
-            if doubted:
-                raise
-            doubted = True  # once more, and nothing of the first try is used
-        except TransferError as error:
-            error.uri = error.uri or source.uri
-            patience.after(error)
+                _pull(self.source, answer, sink, total, total, self.patience)
+            for name, promised in digests:
+                if file.digest(name) != promised:
+                    raise _mismatch(self.source, name)
+            validator = validator or "n" + file.digest("sha256").hex()[:20]
+            return file.publish(self._name(validator, sink.at, _checksum(file.crcs)))
+        finally:
+            file.close()
 
+    def _large(self, answer: _Answer) -> tuple[str, bool]:
+        """Bring a large object with a strong ETag; True if in the end a peer brought it.
 
-def _bring(
-    verdict: str,
-    source: _Source,
-    answer: _Answer,
-    opt: _Options,
-    store: _Store,
-    ident: str,
-    patience: _Patience,
-    doubted: bool,
-) -> tuple[str, bool]:
-    """Bring an object in the way that fits it; True if in the end a peer did."""
-    if (
-        verdict == "parts"
-        and (answer.total or 0) > _SMALL
-        or answer.status == 206
-        and not answer.whole
-    ):
-        return _bring_large(source, answer, opt, store, ident, adopt=not doubted)
-    if answer.total is not None and answer.total <= _CHUNK:
-        return _bring_small(source, answer, opt, store, ident, patience), False
-    return _bring_stream(source, answer, opt, store, ident, patience), False
+        One thread of this process, then one process of all that share the directory: whoever has
+        to wait lets go of the answer it already has, and looks again.
+        """
+
+        def found() -> _Entry | None:
+            entries = self.store.find(self.ident, self.source.signed)
+            return next((entry for entry in entries if _is_same(entry, answer)), None)
+
+        flight, lock = _Flight(self.store, self.ident), _Lock(self.store, self.ident)
+        first = flight.acquire(blocking=False)
+        if not first:
+            answer.body.close()
+            flight.acquire()
+        try:
+            if first and not lock.acquire():
+                answer.body.close()
+                first = False
+            entry = None if first else _await_peer(self.store, self.ident, lock, found)
+            if entry and self.store.confirm(entry.path):
+                return entry.path, True
+            return self._parts(answer, first, found)
+        finally:
+            lock.release()
+            flight.release()
+
+    def _parts(
+        self, answer: _Answer, first: bool, found: Callable[[], _Entry | None]
+    ) -> tuple[str, bool]:
+        """Copy what peers and the dead left of this very version, fetch the rest, publish."""
+        source, total, validator = self.source, answer.total or 0, _validator(answer)
+        version = _digest(validator, str(total), str(_CHUNK), str(source.signed))[:16]
+        file = _Partial(self.store, self.ident, version, total, source.signed)
+        hashes: list[tuple[_Behind, bytes, str]] = []
+        try:
+            if first:
+                file.take_first(answer.stop or 0)
+            copied = 0 if self.doubted else file.adopt()
+            _log(_INFO, "downloading %s: %d bytes, %d found", source.uri, total, copied)
+            for name, promised in _digests(source, answer):
+                hashes.append((_Behind(file, name), promised, name))
+            count = self.tally or (lambda _: None)
+            entry = _Download(source, answer, file, self.opt, first, count).run(found)
+            if entry and self.store.confirm(entry.path):
+                file.discard()
+                return entry.path, True
+            for behind, promised, name in hashes:
+                if behind.digest() != promised:
+                    raise _mismatch(source, name)
+            name = self._name(validator, total, _checksum(file.crcs))
+            return file.publish(self.store.shard(self.ident), name), False
+        except BaseException as error:
+            for behind, _, _ in hashes:
+                behind.cancel()
+            if not isinstance(error, (TransferError, KeyboardInterrupt)) or 2 not in file.state:
+                file.discard()
+            raise
+        finally:
+            file.close()
 
 
 def _held(source: _Source, entry: _Entry, status: str) -> LocalizedResource:
@@ -4261,38 +4343,14 @@ def _held(source: _Source, entry: _Entry, status: str) -> LocalizedResource:
     )
 
 
-def _cached(source: _Source, opt: _Options) -> LocalizedResource:
-    """Return one object from the cache, from the server, or from whichever of the two can."""
-    store, ident = opt.store, _ident(source)
-    # 1. What we hold. Private entries are for whoever asks with credentials, or for callers who
-    #    do not insist on going without.
-    entries = store.find(ident, source.signed or opt.access.anonymous is not True)
-    if _is_offline(opt.offline):
-        if not entries:
-            raise OfflineError("Not in the cache, and offline", uri=source.uri)
-        store.used(entries[0].path, entries[0].stamp)
-        return _held(source, entries[0], "fresh")
-    # 2. Young enough: no request.
-    if opt.max_age > 0 and entries:
-        if 0 <= time.time() - store.validated(entries[0]) <= opt.max_age:
-            store.used(entries[0].path, entries[0].stamp)
-            return _held(source, entries[0], "fresh")
-    held = entries if source.signed else [entry for entry in entries if not entry.private]
-    # 3. Ask; threads that miss together ask one after the other.
-    try:
-        if held:
-            return _fetch(source, opt, store, ident, held)
-        with _Flight(store, ident):
-            if store.recently_partial():
-                _await_peer(store, ident, None, lambda: None)
-            return _fetch(source, opt, store, ident, store.find(ident, source.signed))
-    except TransferError as error:
-        stale = [entry for entry in entries if source.signed or not entry.private]
-        if not opt.stale_if_error or not stale or (error.status or 500) < 429:
-            raise
-        _warn("serving a stale copy of %s: %s", source.uri, error)
-        store.used(stale[0].path, stale[0].stamp)
-        return _held(source, stale[0], "stale")
+def _is_fresh(opt: _Options, validated: float) -> bool:
+    """Tell whether what the server confirmed then may be served without asking now."""
+    return opt.offline or (opt.max_age > 0 and 0 <= time.time() - validated <= opt.max_age)
+
+
+def _may_be_stale(opt: _Options, error: TransferError) -> bool:
+    """Tell whether the last copy may stand in for an answer: no answer, 429 or 5xx."""
+    return opt.stale_if_error and (error.status or 500) >= 429
 
 
 def _warn(text: str, *args: object) -> None:
@@ -4318,6 +4376,8 @@ def _list_all(source: _S3, prefix: str, switch: _Stop | None) -> list[_Key]:
                 break
             except TransferError as error:
                 patience.after(error)
+        if not all(key.key.startswith(prefix) for key in keys):
+            raise TransferError("The listing names keys of elsewhere", uri=source.uri)
         found += [key for key in keys if not (key.key.endswith("/") and key.size == 0)]
         if token is None:
             return found
@@ -4326,10 +4386,7 @@ def _list_all(source: _S3, prefix: str, switch: _Stop | None) -> list[_Key]:
         seen.add(token)
 
 
-_RESERVED = frozenset(
-    "con prn aux nul com1 com2 com3 com4 com5 com6 com7 com8 com9 "
-    "lpt1 lpt2 lpt3 lpt4 lpt5 lpt6 lpt7 lpt8 lpt9".split()
-)
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))}
 
 
 def _unsafe(part: str) -> bool:
@@ -4353,16 +4410,17 @@ def _tree_names(keys: list[_Key], prefix: str, folds: bool) -> list[str]:
         twin = files.setdefault(fold(name), name)
         if twin != name:
             raise CacheError(f"Differ only in case: {twin!r}, {name!r}", errno=errno.EEXIST)
-    folders: dict[str, str] = {}
+    seen: set[str] = set()
+    folded: dict[str, str] = {}
     for name in names:
         at = name.rfind("/")
-        while at > 0 and name[:at] not in folders:
+        while at > 0 and name[:at] not in seen:
             folder = name[:at]
+            seen.add(folder)
             if fold(folder) in files:
                 raise CacheError(f"Both file and directory: {folder!r}", errno=errno.ENOTDIR)
-            if folders.setdefault(fold(folder), folder) != folder:
+            if folded.setdefault(fold(folder), folder) != folder:
                 raise CacheError(f"Directories differ only in case: {folder!r}", errno=errno.EEXIST)
-            folders[folder] = folder
             at = name.rfind("/", 0, at)
     return names
 
@@ -4388,11 +4446,12 @@ def _by_cpu(limit: int) -> Callable[[int], int]:
     return grow
 
 
-def _each(act: Callable[[T], None], items: Iterator[T], workers: int | None, opt: _Options) -> None:
+def _each(
+    act: Callable[[T, _Options], None], items: Iterator[T], workers: int | None, opt: _Options
+) -> None:
     """Act on every item in a crew of threads; the first error stops all and is raised."""
-    lock = threading.Lock()
-    outer, switch = opt.switch, _Stop(opt.switch)
-    opt.switch = switch
+    lock, switch = threading.Lock(), _Stop(opt.switch)
+    inner = opt.under(switch)
 
     def work() -> None:
         while not switch.event.is_set():
@@ -4401,15 +4460,14 @@ def _each(act: Callable[[T], None], items: Iterator[T], workers: int | None, opt
                     item = next(items)
                 except StopIteration:
                     return
-            act(item)
+            act(item, inner)
 
     try:
         grow = _by_cpu(_BATCH_LIMIT) if workers is None else lambda _: 0
         _Crew(work, switch).run(workers or _BATCH_WORKERS, grow)
     finally:
-        opt.switch = outer
-        if outer:
-            outer.drop(switch)
+        if opt.switch:
+            opt.switch.drop(switch)
 
 
 def _link(source: str, target: str) -> None:
@@ -4462,14 +4520,22 @@ class _Tree:
 
     def held(self) -> LocalizedResource | None:
         """Return what may be served without asking."""
-        offline = _is_offline(self.opt.offline)
-        for stamp, path in self.snapshots()[:1] if offline or self.opt.max_age > 0 else ():
-            if offline or 0 <= time.time() - stamp <= self.opt.max_age:
+        for stamp, path in self.snapshots()[:1]:
+            if _is_fresh(self.opt, stamp):
                 self.store.used(path, stamp)
                 return self.result(path, "fresh")
-        if offline:
+        if self.opt.offline:
             raise OfflineError("Not in the cache, and offline", uri=self.source.uri)
         return None
+
+    def stale(self, error: TransferError) -> LocalizedResource:
+        """Return the last snapshot where the server fails, or raise the error."""
+        held = self.snapshots() if _may_be_stale(self.opt, error) else []
+        if not held:
+            raise error
+        _warn("serving a stale copy of %s: %s", self.source.uri, error)
+        self.store.used(held[0][1], held[0][0])
+        return self.result(held[0][1], "stale")
 
     def localize(self) -> LocalizedResource:
         found = self.held()
@@ -4490,11 +4556,7 @@ class _Tree:
                 if found:
                     return found
         except TransferError as error:
-            held = self.snapshots()
-            if not self.opt.stale_if_error or not held or (error.status or 500) < 429:
-                raise
-            _warn("serving a stale copy of %s: %s", self.source.uri, error)
-            return self.result(held[0][1], "stale")
+            return self.stale(error)
         raise IntegrityError("The tree keeps changing", uri=self.source.uri)
 
     def snapshot(self, keys: list[_Key]) -> LocalizedResource | None:
@@ -4531,10 +4593,10 @@ class _Tree:
             for folder in sorted({name.rpartition("/")[0] for name in names} - {""}):
                 os.makedirs(os.path.join(aside, folder), exist_ok=True)
 
-        def bring(item: tuple[str, _Key]) -> None:
+        def bring(item: tuple[str, _Key], opt: _Options) -> None:
             name, key = item
             for _ in range(3):
-                path = self.file(key)
+                path = self.file(key, opt)
                 try:
                     with _Disk(aside, key.size):
                         return _link(path, f"{aside}/{name}")
@@ -4545,7 +4607,7 @@ class _Tree:
 
         _each(bring, zip(names, keys), None, self.opt)
 
-    def file(self, key: _Key) -> str:
+    def file(self, key: _Key, opt: _Options) -> str:
         """Return the entry of one file of the listing, downloaded if we do not hold it."""
         source = self.source.child(key.key)
         ident = _ident(source)
@@ -4553,7 +4615,7 @@ class _Tree:
             if key.etag and entry.etag == key.etag and entry.size == key.size:
                 return entry.path
         with _Flight(self.store, ident):
-            found = _fetch(source, self.opt, self.store, ident, [])
+            found = _Fetch(source, opt, ident).run([])
         self.fetched = self.fetched or not found.from_cache
         if found.size != key.size or (key.etag and found.etag != key.etag):
             self.changed = True
@@ -4574,6 +4636,48 @@ class _Tree:
         _remove_tree(old)
 
 
+def _cached(source: _Source, opt: _Options) -> LocalizedResource:
+    """Return one object from the cache, from the server, or from whichever of the two can."""
+    store, ident = opt.store, _ident(source)
+    tree = _Tree(source, opt) if isinstance(source, _S3) and not source.version else None
+    # 1. What we hold. Private entries are for whoever asks with credentials, or for callers who
+    #    do not insist on going without.
+    entries = store.find(ident, source.signed or opt.access.anonymous is not True)
+    # 2. Offline, or young enough: no request.
+    for entry in entries[:1]:
+        if _is_fresh(opt, store.validated(entry)):
+            store.used(entry.path, entry.stamp)
+            return _held(source, entry, "fresh")
+    if not entries and tree and (opt.offline or opt.max_age > 0):
+        found = tree.held()
+        if found:
+            return found
+    if opt.offline:
+        raise OfflineError("Not in the cache, and offline", uri=source.uri)
+    # 3. Ask; threads that miss together ask one after the other.
+    held = entries if source.signed else [entry for entry in entries if not entry.private]
+    try:
+        if held:
+            return _Fetch(source, opt, ident).run(held)
+        with _Flight(store, ident) as flight:
+            waited = flight.waited
+            if store.recently_partial() and store.pulse(ident):
+                lock, waited = _Lock(store, ident), True
+                _await_peer(store, ident, lock, lambda: None)
+                lock.release()
+            if waited:
+                held = store.find(ident, source.signed)
+            return _Fetch(source, opt, ident).run(held)
+    except TransferError as error:
+        if not held and tree:
+            return tree.stale(error)
+        if not held or not _may_be_stale(opt, error):
+            raise
+        _warn("serving a stale copy of %s: %s", source.uri, error)
+        store.used(held[0].path, held[0].stamp)
+        return _held(source, held[0], "stale")
+
+
 def _local(text: str) -> LocalizedResource:
     """Return a local path as it is."""
     path = _local_path(text)
@@ -4588,30 +4692,30 @@ def _local(text: str) -> LocalizedResource:
 
 def _localize(text: str, opt: _Options) -> LocalizedResource:
     """Localize one resource of any kind."""
-    scheme = _scheme(text)
-    if scheme not in ("s3", "http", "https"):
-        if opt.version is not None:
-            raise ValueError("version_id is for s3:// objects")
+    target = _target(text)
+    is_tree = target.key.endswith("/")
+    if opt.version is not None and (target.kind != "s3" or is_tree):
+        raise ValueError("version_id is for single s3:// objects")
+    if target.kind == "local":
         return _local(text)
-    if scheme == "s3" and not parse_s3_uri(text)[1].strip("/"):
-        raise ValueError(f"Not a valid S3 URI of an object or tree: {text!r} ({_S3_FORM})")
+    if not is_tree:
+        try:
+            return opt.access.attempt(target, opt.version, lambda source: _cached(source, opt))
+        except NotFoundError as error:
+            if error.code != "NoSuchKey" or opt.version is not None:
+                raise
+            missing: NotFoundError | None = error
+    else:
+        missing = None
 
     def tree(source: _Source) -> LocalizedResource:
         assert isinstance(source, _S3)
         return _Tree(source, opt).localize()
 
-    if scheme == "s3" and text.endswith("/"):
-        return opt.access.attempt(text, opt.version, tree)
     try:
-        return opt.access.attempt(text, opt.version, lambda source: _cached(source, opt))
-    except (NotFoundError, OfflineError) as missing:
-        plain_object = scheme != "s3" or opt.version is not None
-        if plain_object or getattr(missing, "code", None) not in (None, "NoSuchKey"):
-            raise
-        try:
-            return opt.access.attempt(text, None, tree)
-        except (NotFoundError, AccessDeniedError, OfflineError):
-            raise missing from None
+        return opt.access.attempt(target, None, tree)
+    except (NotFoundError, AccessDeniedError) as error:
+        raise (missing or error) from None
 
 
 def get_local_path_for_resource(
@@ -4772,8 +4876,8 @@ def get_local_paths_for_resources(
     return_exceptions : bool
         Put errors into the list instead of raising the first one.
     progress : bool or callable, optional
-        As in `get_local_path_for_resource`, one for the batch; with an `executor`, called as results
-        arrive.
+        As in `get_local_path_for_resource`, one for the batch; with an `executor`, called as
+        results arrive.
     **options
         As in `get_local_path_for_resource`, for each of them.
 
@@ -4790,6 +4894,9 @@ def get_local_paths_for_resources(
         As in `get_local_path_for_resource`: the first that occurs. What was downloaded until then
         is in the cache.
     """
+    unknown = set(options) - set(_Options.__init__.__kwdefaults__ or ())
+    if unknown:
+        raise TypeError(f"get_local_paths_for_resources() has no option {min(unknown)!r}")
     opt = _Options(**options)
     if max_workers is not None and max_workers < 1:
         raise ValueError("max_workers must be at least 1")
@@ -4802,17 +4909,19 @@ def get_local_paths_for_resources(
     try:
         if executor is None:
 
-            def act(item: tuple[int, str]) -> None:
+            def act(item: tuple[int, str], inner: _Options) -> None:
                 try:
-                    results[item[0]] = _localize(item[1], opt)
+                    results[item[0]] = _localize(item[1], inner)
                 except Exception as error:
-                    if not return_exceptions or (opt.switch and opt.switch.event.is_set()):
+                    if not return_exceptions or (inner.switch and inner.switch.event.is_set()):
                         raise
                     results[item[0]] = error
 
             _each(act, work, max_workers, opt)
         else:
             _sendable(options, executor)
+            if options.get("cache_dir") and not os.fspath(options["cache_dir"]).startswith("~"):
+                options["cache_dir"] = opt.store.cache_dir  # a worker may stand elsewhere
             texts = [text for _, text in work]
             task = partial(_task, options=options, collect=return_exceptions)
             for index, result in enumerate(executor.map(task, texts)):
@@ -4846,10 +4955,8 @@ class CacheManager:
         from pathlib import Path
 
         base = None
-        if cache_dir is not None:
-            base = os.path.abspath(os.path.expanduser(_text(cache_dir)))
-        elif persistent:
-            base = _default_cache_dir()
+        if cache_dir or persistent:
+            base = _Options(cache_dir=cache_dir).store.cache_dir
         if base is not None:
             with _Disk(base):
                 os.makedirs(base, exist_ok=True)
@@ -5006,6 +5113,13 @@ def _age_arg(text: str) -> float:
     return _quantity(text, _DAYS)
 
 
+def _jobs_arg(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+_jobs_arg.__name__ = "number of threads"
 _size_arg.__name__, _age_arg.__name__ = "size, such as 10GB", "age, such as 30d"
 
 
@@ -5064,8 +5178,8 @@ def _do_json(args: Any) -> int:
             part = part[int(step)] if isinstance(part, list) else part[step]
         except (KeyError, IndexError, ValueError, TypeError):
             raise ValueError(f"No {step!r} on the way to {args.path!r}") from None
-    text = part if isinstance(part, str) and args.path else json.dumps(part, indent=2)
-    print(text)
+    plain = isinstance(part, str) and args.path and not args.json
+    print(part if plain else json.dumps(part, indent=None if args.json else 2))
     return 0
 
 
@@ -5073,7 +5187,6 @@ def _do_ls(args: Any) -> int:
     if args.uri:
         bucket, prefix = parse_s3_uri(args.uri)
         access = _Access(args.anonymous)
-        listed = f"s3://{bucket}/{prefix}"
 
         def show(source: _Source) -> None:
             assert isinstance(source, _S3)
@@ -5082,7 +5195,7 @@ def _do_ls(args: Any) -> int:
                 record = {"uri": uri, "size": key.size, "etag": key.etag}
                 print(_json_line(record) if args.json else _printable(uri))
 
-        access.attempt(listed, None, show)
+        access.attempt(_Target("s3", args.uri, bucket, prefix), None, show)
         return 0
     for entry in CacheManager(args.cache_dir).entries():
         line = f"{_human(entry.size):>10}  {_when(entry.last_used)}  {entry.kind:7}  {entry.path}"
@@ -5138,7 +5251,8 @@ def _parser() -> Any:
         parser = verbs.add_parser(name, help=text, description=text)
         parser.set_defaults(act=act, anonymous=None)
         parser.add_argument("--json", action="store_true", help="print JSON records, one a line")
-        parser.add_argument("--cache-dir", metavar="DIR", help="instead of the default directory")
+        if name != "json":
+            parser.add_argument("--cache-dir", metavar="DIR", help="instead of the default one")
         return parser
 
     def access(parser: Any) -> None:
@@ -5150,7 +5264,9 @@ def _parser() -> Any:
 
     get = verb("get", _do_get, "Print the local path of each resource, downloaded if need be.")
     get.add_argument("uris", nargs="+", metavar="URI", help="s3://, http(s)://, a path, or -")
-    get.add_argument("-j", "--jobs", type=int, metavar="N", help="threads (default: as it fits)")
+    get.add_argument(
+        "-j", "--jobs", type=_jobs_arg, metavar="N", help="threads (default: as it fits)"
+    )
     get.add_argument("--max-age", type=_age_arg, default=0.0, metavar="AGE", help="such as 12h")
     get.add_argument("--offline", action="store_true", help="never touch the network")
     get.add_argument("--stale-if-error", action="store_true", help="last copy if the server fails")
@@ -5177,7 +5293,16 @@ def _parser() -> Any:
 def _is_known(error: Exception) -> bool:
     """Tell whether an error is one line to the user rather than a bug of ours."""
     foreign = any(cls.__module__.startswith("botocore") for cls in type(error).__mro__)
-    return foreign or isinstance(error, (S3CacheError, ValueError, TypeError))
+    return foreign or isinstance(error, (S3CacheError, ValueError, TypeError, OSError))
+
+
+def _leave_stdout(code: int) -> int:
+    """Send what is still unwritten to nowhere: the interpreter must not complain at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5193,24 +5318,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0; 1 for a known error, said in one line on stderr; 2 for wrong usage; 130 for Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # paths may hold any bytes, documents any text
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         args = _parser().parse_args(argv)
         code: int = args.act(args)
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         return code
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Whoever read us has seen enough; the interpreter must not complain about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+    except BrokenPipeError:  # whoever read us has seen enough
+        return _leave_stdout(0)
     except Exception as error:
         if not _is_known(error):
             raise
         _complain(error)
-        return 1
+        return _leave_stdout(1) if isinstance(error, OSError) else 1
 
 
 if __name__ == "__main__":
