@@ -1,0 +1,546 @@
+"""Many resources at once: order, errors, threads, other executors, interrupts, memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from conftest import BUCKET, Run
+from server import Server
+from subject import name as subject_name
+from subject import s3c
+
+Publish = Callable[..., str]
+Get = Callable[..., Any]
+
+
+@pytest.fixture
+def get_all(cache: Path) -> Get:
+    """`get_all(uris, **options)` from the test's cache directory."""
+
+    def get_all(uris: Any, **options: Any) -> Any:
+        return s3c.get_local_paths_for_resources(uris, **{"cache_dir": cache, **options})
+
+    return get_all
+
+
+@pytest.fixture
+def many(server: Server) -> Callable[[int], list[str]]:
+    """`many(count)`: URIs of that many small objects, each with its number in it."""
+
+    def many(count: int) -> list[str]:
+        for number in range(count):
+            server.put(BUCKET, f"many/{number}.txt", b"%d" % number)
+        return [f"s3://{BUCKET}/many/{number}.txt" for number in range(count)]
+
+    return many
+
+
+def numbers(results: Any) -> list[int]:
+    return [int(result.path.read_bytes()) for result in results]
+
+
+def keys_of(server: Server) -> list[str]:
+    return [request.path for request in server.seen]
+
+
+# ==== What comes back =========================================================================
+
+
+def test_results_come_in_the_order_asked(many: Callable[[int], list[str]], get_all: Get) -> None:
+    uris = many(40)[::-1]
+    results = get_all(uris, max_workers=8)
+    assert isinstance(results, list)
+    assert numbers(results) == list(range(40))[::-1]
+    assert [r.uri for r in results] == uris
+
+
+def test_results_keep_their_order_when_answers_do_not(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    uris = many(12)
+    server.before = lambda request: time.sleep(0.1 if request.path.endswith("/0.txt") else 0)
+    assert numbers(get_all(uris, max_workers=4)) == list(range(12))
+
+
+def test_each_uri_is_asked_for_once(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    a, b = many(2)
+    results = get_all([a, b, a, a, b])
+    assert numbers(results) == [0, 1, 0, 0, 1]
+    assert len(server.seen) == 2
+
+
+def test_an_empty_batch_is_an_empty_list(server: Server, get_all: Get, cache: Path) -> None:
+    assert get_all([]) == []
+    assert server.seen == []
+    assert not cache.exists()
+
+
+def test_a_batch_may_hold_resources_of_every_kind(
+    server: Server, publish: Publish, get_all: Get, tmp_path: Path
+) -> None:
+    local = tmp_path / "local.txt"
+    local.write_bytes(b"local")
+    uri = publish(b"s3", "x/object.txt")
+    url = f"{server.url}/{BUCKET}/x/object.txt"
+    results = get_all([local, uri, url, str(local), f"s3://{BUCKET}/x/"])
+    assert [r.source for r in results] == ["local", "s3", "http", "local", "s3"]
+    assert (results[-1].path / "object.txt").read_bytes() == b"s3"
+
+
+def test_a_second_batch_revalidates(many: Callable[[int], list[str]], get_all: Get) -> None:
+    uris = many(20)
+    assert {r.status for r in get_all(uris)} == {"downloaded"}
+    assert {r.status for r in get_all(uris)} == {"revalidated"}
+    assert {r.status for r in get_all(uris, max_age=60)} == {"fresh"}
+
+
+def test_options_reach_every_resource(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    with pytest.raises(s3c.OfflineError):
+        get_all(many(3), offline=True)
+    assert server.seen == []
+
+
+def test_large_objects_come_in_a_batch_too(publish: Publish, get_all: Get) -> None:
+    contents = [os.urandom(9 << 20) for _ in range(3)]
+    uris = [publish(content, f"{at}.bin") for at, content in enumerate(contents)]
+    assert [r.path.read_bytes() for r in get_all(uris)] == contents
+
+
+# ==== What goes in ============================================================================
+
+
+def test_a_generator_is_read_as_work_goes_on(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    uris, seen_when_read = many(60), []
+
+    def lazily() -> Iterator[str]:
+        for uri in uris:
+            seen_when_read.append(len(server.seen))
+            yield uri
+
+    assert numbers(get_all(lazily(), max_workers=2)) == list(range(60))
+    assert all(at - seen <= 2 for at, seen in enumerate(seen_when_read))
+
+
+def test_an_endless_generator_stops_at_the_first_error(server: Server, get_all: Get) -> None:
+    server.put(BUCKET, "x", b"")
+
+    def endless() -> Iterator[str]:
+        number = 0
+        while True:
+            number += 1
+            yield f"s3://{BUCKET}/missing-{number}"
+
+    with pytest.raises(s3c.NotFoundError):
+        get_all(endless())
+
+
+def test_an_error_of_the_generator_is_the_callers(
+    many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    def failing() -> Iterator[str]:
+        yield from many(3)
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError, match="no more"):
+        get_all(failing(), return_exceptions=True)
+
+
+@pytest.mark.parametrize("uris", ["s3://bucket/key", Path("x"), b"x"], ids=repr)
+def test_one_uri_is_no_batch(get_all: Get, uris: Any) -> None:
+    with pytest.raises(TypeError, match="get_local_path_for_resource"):
+        get_all(uris)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"max_agee": 3}, TypeError),
+        ({"uri": "x"}, TypeError),
+        ({"max_workers": 0}, ValueError),
+        ({"max_workers": -1}, ValueError),
+        ({"max_concurrency": 0}, ValueError),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("executor", [False, True], ids=["own", "executor"])
+def test_a_wrong_option_is_refused_before_anything_happens(
+    server: Server,
+    many: Callable[[int], list[str]],
+    get_all: Get,
+    options: Any,
+    error: type[Exception],
+    executor: bool,
+) -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(error, match=next(iter(options))):
+        get_all(many(2), return_exceptions=True, executor=pool if executor else None, **options)
+    assert server.seen == []
+
+
+# ==== Errors ==================================================================================
+
+
+def test_the_first_error_is_raised_and_stops_the_rest(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    uris = many(200)
+    server.delete(BUCKET, "many/5.txt")
+    with pytest.raises(s3c.NotFoundError, match=r"many/5\.txt"):
+        get_all(uris, max_workers=2)
+    assert len(server.seen) < 30
+
+
+def test_errors_can_be_collected_in_their_places(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    uris = [*many(10), "/missing-file", "s3://", f"s3://{BUCKET}/\0"]
+    server.delete(BUCKET, "many/3.txt")
+    server.on_path("many/7.txt", 403, code="AccessDenied")
+    results = get_all(uris, return_exceptions=True, anonymous=True)
+    kinds = {at: type(r).__name__ for at, r in enumerate(results) if isinstance(r, Exception)}
+    assert kinds.keys() == {3, 7, 10, 11, 12}
+    assert [results[at].code for at in (3, 7)] == ["NoSuchKey", "AccessDenied"]
+    assert all(isinstance(results[at], ValueError) for at in (11, 12))
+
+
+def test_what_came_before_an_error_is_in_the_cache(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    uris = many(20)
+    server.delete(BUCKET, "many/19.txt")
+    with pytest.raises(s3c.NotFoundError):
+        get_all(uris, max_workers=1)
+    assert numbers(get_all(uris[:19], offline=True)) == list(range(19))
+
+
+def test_an_uri_that_is_no_text_is_refused(get_all: Get, publish: Publish) -> None:
+    with pytest.raises(TypeError):
+        get_all([publish(b"x"), 7])
+
+
+def test_a_tree_that_fails_leaves_the_other_trees_alone(server: Server, get_all: Get) -> None:
+    server.latency = 0.003
+    for tree in range(6):
+        for number in range(20):
+            server.put(BUCKET, f"tree{tree}/{number}", b"%d" % number)
+    server.on_path("tree0/3", 404, code="NoSuchKey")
+    uris = [f"s3://{BUCKET}/tree{tree}/" for tree in range(6)]
+    results = get_all(uris, return_exceptions=True)
+    assert isinstance(results[0], s3c.NotFoundError)
+    assert [len(os.listdir(tree)) for tree in results[1:]] == [20] * 5
+
+
+# ==== Workers and connections =================================================================
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_there_is_one_connection_per_worker_at_most(
+    server: Server, many: Callable[[int], list[str]], get_all: Get, workers: int
+) -> None:
+    server.latency = 0.002
+    get_all(many(60), max_workers=workers)
+    assert server.connections <= workers
+    get_all(many(60), max_workers=workers)
+    assert server.connections <= workers, "the second batch opened more"
+
+
+def test_no_more_than_max_workers_ask_at_once(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    busy, most, lock = 0, 0, threading.Lock()
+
+    def watch(_: object) -> None:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        time.sleep(0.005)
+        with lock:
+            busy -= 1
+
+    server.before = watch
+    get_all(many(40), max_workers=5)
+    assert 2 <= most <= 5
+
+
+def test_a_slow_network_is_given_more_workers(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    server.latency = 0.05
+    began = time.monotonic()
+    get_all(many(150))
+    assert time.monotonic() - began < 0.05 * 150 / 6  # three workers would take 2.5 s
+    assert 6 < server.connections <= 32
+
+
+THREADS = """
+import sys, threading, time, SUBJECT as s3c
+s3c.get_local_paths_for_resources(sys.argv[2:], cache_dir=sys.argv[1], max_workers=8)
+give_up = time.monotonic() + 1
+while threading.active_count() > 1 and time.monotonic() < give_up:
+    time.sleep(0.01)
+print(threading.active_count())
+"""
+
+
+def test_a_batch_leaves_no_threads(
+    many: Callable[[int], list[str]], cache: Path, run_python: Run
+) -> None:
+    assert run_python(THREADS, cache, *many(20)).stdout.strip() == "1"
+
+
+# ==== Other executors =========================================================================
+
+
+class InTurn(Executor):
+    """The least that an executor can be: its `map` is a plain loop."""
+
+    def map(self, fn: Any, *iterables: Any, **_: Any) -> Any:
+        return map(fn, *iterables)
+
+
+@pytest.fixture(params=["threads", "in turn", "processes"])
+def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    if request.param == "in turn":
+        yield InTurn()
+    elif request.param == "threads":
+        with ThreadPoolExecutor(2) as pool:
+            yield pool
+    else:
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+            yield processes
+
+
+def test_an_executor_does_the_same_work(
+    server: Server, many: Callable[[int], list[str]], get_all: Get, executor: Executor
+) -> None:
+    uris = many(12)
+    results = get_all([*uris, uris[0]], executor=executor)
+    assert numbers(results) == [*range(12), 0]
+    assert {r.status for r in results} == {"downloaded"}
+    assert sorted(keys_of(server)) == sorted(set(keys_of(server)))
+
+
+def test_an_executor_brings_errors_of_our_classes(
+    server: Server, many: Callable[[int], list[str]], get_all: Get, executor: Executor
+) -> None:
+    uris = many(6)
+    server.delete(BUCKET, "many/4.txt")
+    results = get_all(uris, executor=executor, return_exceptions=True)
+    assert numbers(results[:4]) == [0, 1, 2, 3]
+    assert isinstance(results[4], s3c.NotFoundError)
+    assert (results[4].code, results[4].status, results[4].uri) == ("NoSuchKey", 404, uris[4])
+    with pytest.raises(s3c.NotFoundError, match=r"many/4\.txt"):
+        get_all(uris, executor=executor)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_shares_no_connection_with_its_parent(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    uris = many(40)
+    get_all(uris[:5], max_workers=3)  # leaves connections open here
+    ours = {request.connection for request in server.seen}
+    server.reset()
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        assert numbers(get_all(uris, executor=pool)) == list(range(40))
+    assert not ours & {request.connection for request in server.seen}
+
+
+def test_an_executor_is_left_running(publish: Publish, get_all: Get) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        get_all([publish(b"x")], executor=pool)
+        assert pool.submit(int, "7").result() == 7
+
+
+class Unsendable:
+    def __reduce__(self) -> Any:
+        raise TypeError("holds a socket")
+
+
+def test_a_client_cannot_be_sent_to_another_process(
+    server: Server, publish: Publish, get_all: Get
+) -> None:
+    with ProcessPoolExecutor(1) as pool, pytest.raises(TypeError, match="s3_client") as caught:
+        get_all([publish(b"x")], executor=pool, s3_client=Unsendable())
+    assert "ProcessPoolExecutor" in str(caught.value)
+    assert server.seen == []
+
+
+@pytest.mark.boto3
+def test_a_real_client_works_in_threads_and_is_refused_for_processes(
+    server: Server, publish: Publish, get_all: Get
+) -> None:
+    boto3 = pytest.importorskip("boto3")
+    client = boto3.client(
+        "s3", "us-west-2", aws_access_key_id="k", aws_secret_access_key="s"
+    )  # the endpoint is the environment's
+    uris = [publish(b"%d" % at, f"{at}.txt", private=True) for at in range(5)]
+    with ThreadPoolExecutor(2) as pool:
+        assert numbers(get_all(uris, executor=pool, s3_client=client)) == list(range(5))
+    assert numbers(get_all(uris, s3_client=client)) == list(range(5))
+    with ProcessPoolExecutor(1) as pool, pytest.raises(TypeError, match="s3_client"):
+        get_all(uris, executor=pool, s3_client=client)
+
+
+def test_a_relative_cache_dir_means_the_callers_directory(
+    publish: Publish, get_all: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, os.chdir, (elsewhere,)) as pool:
+        (result,) = get_all([publish(b"x")], executor=pool, cache_dir="near")
+    assert tmp_path / "near" in result.path.parents
+
+
+def test_an_executor_that_lost_its_processes_says_so(publish: Publish, get_all: Get) -> None:
+    pool = ProcessPoolExecutor(1, get_context("spawn"), os._exit, (3,))
+    with pool, pytest.raises(BrokenProcessPool):
+        get_all([publish(b"x")], executor=pool, return_exceptions=True)
+
+
+# ==== Progress ================================================================================
+
+
+def test_progress_sums_to_what_came(many: Callable[[int], list[str]], get_all: Get) -> None:
+    uris = many(50)
+    got: list[int] = []
+    results = get_all(uris, progress=got.append)
+    assert sum(got) == sum(r.size for r in results)
+    got.clear()
+    get_all(uris, progress=got.append)
+    assert sum(got) == 0
+
+
+def test_progress_is_called_by_one_thread_at_a_time(
+    many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    inside, together = threading.Lock(), []
+
+    def progress(_: int) -> None:
+        if not inside.acquire(blocking=False):
+            together.append(1)
+            return
+        time.sleep(0.001)
+        inside.release()
+
+    get_all(many(40), max_workers=8, progress=progress)
+    assert together == []
+
+
+def test_progress_is_told_by_an_executor_too(
+    many: Callable[[int], list[str]], get_all: Get, executor: Executor
+) -> None:
+    got: list[int] = []
+    results = get_all(many(8), executor=executor, progress=got.append)
+    assert sum(got) == sum(r.size for r in results)
+
+
+def test_an_error_of_progress_is_the_callers(
+    many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    def progress(_: int) -> None:
+        raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"):
+        get_all(many(5), progress=progress)
+
+
+# ==== Interrupts ==============================================================================
+
+BATCH = """
+import sys, SUBJECT as s3c
+uris = [f"s3://aind-open-data/many/{n}.txt" for n in range(1000)]
+try:
+    s3c.get_local_paths_for_resources(uris, cache_dir=sys.argv[1])
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.fixture(params=[40, 400], ids="after {}".format)
+def interrupted(
+    request: pytest.FixtureRequest,
+    server: Server,
+    many: Callable[[int], list[str]],
+    cache: Path,
+    prelude: str,
+) -> tuple[float, int, bytes]:
+    """A batch of 1,000 in a process of its own, interrupted: seconds it took, exit code, stderr."""
+    if os.name == "nt":
+        pytest.skip("SIGINT to another process")
+    many(1000)
+    server.latency = 0.004
+    command = [sys.executable, "-c", prelude + BATCH.replace("SUBJECT", subject_name), str(cache)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while len(server.seen) < request.param and child.poll() is None:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, errors = child.communicate(timeout=10)
+    server.latency = 0
+    return time.monotonic() - began, child.returncode, errors
+
+
+def test_an_interrupt_ends_a_batch_at_once(interrupted: tuple[float, int, bytes]) -> None:
+    seconds, code, errors = interrupted
+    assert (code, errors) == (130, b"")
+    assert seconds < 1.5
+
+
+def test_an_interrupted_batch_resumes_from_a_valid_cache(
+    server: Server, interrupted: object, get_all: Get, cache: Path
+) -> None:
+    assert s3c.CacheManager(cache).verify() == []
+    held = len(s3c.CacheManager(cache).entries())
+    asked = len(server.seen)
+    assert 10 < held < 1000
+    assert asked - held <= 32, "what was answered was kept, but for what was on its way"
+    results = get_all(f"s3://{BUCKET}/many/{number}.txt" for number in range(1000))
+    assert numbers(results) == list(range(1000))
+    assert sum(result.from_cache for result in results) == held
+
+
+# ==== Memory ==================================================================================
+
+MEMORY = """
+import sys, tracemalloc, SUBJECT as s3c
+cache, count = sys.argv[1], int(sys.argv[2])
+def get(count):
+    uris = (f"s3://aind-open-data/many/{n}.txt" for n in range(count))
+    return s3c.get_local_paths_for_resources(uris, cache_dir=cache, max_workers=2, max_age=600)
+get(10)
+tracemalloc.start()
+results = get(count)
+held, peak = tracemalloc.get_traced_memory()
+print(held // count, peak // count)
+"""
+
+
+def test_memory_grows_by_less_than_a_kibibyte_per_result(
+    many: Callable[[int], list[str]], get_all: Get, cache: Path, run_python: Run
+) -> None:
+    get_all(many(2000))
+    held, peak = map(int, run_python(MEMORY, cache, 2000).stdout.split())
+    assert held < 1024
+    assert peak < 1024

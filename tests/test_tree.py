@@ -1,0 +1,760 @@
+"""Directory trees: listings, snapshots of hard links, keys that are no paths, ages, zarr."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from conftest import BUCKET, Run
+from server import Server
+from subject import s3c
+
+Publish = Callable[..., str]
+Get = Callable[..., Any]
+TREE = f"s3://{BUCKET}/data.zarr/"
+FILES = {
+    ".zattrs": b"{}",
+    ".zarray": b'{"shape": [2]}',
+    "0/0": b"chunk 0 0",
+    "0/1": b"chunk 0 1",
+    "deep/er/still/x.bin": b"\0" * 1000,
+    "empty": b"",
+}
+
+
+@pytest.fixture
+def get(cache: Path) -> Get:
+    """`get(uri, **options)` from the test's cache directory."""
+
+    def get(uri: str = TREE, **options: Any) -> Any:
+        return s3c.get_local_path_for_resource(uri, **{"cache_dir": cache, **options})
+
+    return get
+
+
+@pytest.fixture
+def put_tree(server: Server) -> Callable[..., None]:
+    """`put_tree(files, prefix=..., **put_options)`."""
+
+    def put_tree(
+        files: dict[str, bytes] = FILES, prefix: str = "data.zarr/", **options: Any
+    ) -> None:
+        for name, content in files.items():
+            server.put(BUCKET, prefix + name, content, **options)
+
+    return put_tree
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries that do not wait."""
+    monkeypatch.setattr(s3c, "_RETRY_BASE", 0.0005)
+    monkeypatch.setattr(s3c, "_RETRY_BASE_THROTTLED", 0.0005)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    found = (path for path in root.rglob("*") if not path.is_dir())
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
+
+
+def listings(server: Server) -> int:
+    return sum("list-type" in request.query for request in server.seen)
+
+
+def age(path: Path, seconds: float) -> None:
+    """Move the times of a directory and of all below it into the past."""
+    for found in (path, *path.rglob("*")):
+        at = found.stat().st_mtime - seconds
+        os.utime(found, (at, at))
+
+
+# ==== A tree as a directory ===================================================================
+
+
+@pytest.mark.parametrize("uri", [TREE, TREE[:-1]], ids=["slash", "no slash"])
+def test_a_prefix_becomes_a_directory(put_tree: Get, get: Get, uri: str) -> None:
+    put_tree()
+    result = get(uri)
+    assert contents(result.path) == FILES
+    assert result.path.is_absolute()
+    assert result.path.name.endswith("data.zarr")
+    assert (result.status, result.from_cache, result.source) == ("downloaded", False, "s3")
+    assert (result.uri, result.size) == (uri, sum(map(len, FILES.values())))
+
+
+def test_a_tree_costs_its_listing_and_a_request_per_file(
+    server: Server, put_tree: Get, get: Get
+) -> None:
+    put_tree()
+    get()
+    asked = [request.path for request in server.seen if not request.path.endswith("empty")]
+    assert listings(server) == 1
+    assert sorted(asked) == sorted(set(asked))
+    assert len(asked) == len(FILES)  # with the listing; an empty file has no first byte to ask for
+
+
+def test_an_object_goes_before_a_tree_of_its_name(
+    publish: Publish, put_tree: Get, get: Get
+) -> None:
+    put_tree()
+    uri = publish(b"an object", "data.zarr")
+    assert get(uri).path.read_bytes() == b"an object"
+    assert contents(get(uri + "/").path) == FILES
+
+
+def test_a_neighbour_with_the_same_beginning_is_no_part(
+    publish: Publish, put_tree: Get, get: Get
+) -> None:
+    put_tree()
+    publish(b"x", "data.zarr.bak/file")
+    publish(b"x", "data.zarr-2")
+    assert contents(get(TREE[:-1]).path) == FILES
+
+
+def test_a_part_of_a_tree_is_a_tree(put_tree: Get, get: Get) -> None:
+    put_tree()
+    assert contents(get(TREE + "deep/er/").path) == {"still/x.bin": bytes(1000)}
+
+
+@pytest.mark.parametrize("uri", [TREE, TREE[:-1], f"s3://{BUCKET}/none/"])
+def test_an_empty_prefix_is_not_found(
+    publish: Publish, get: Get, uri: str, cache: Path, server: Server
+) -> None:
+    publish(b"x", "other")
+    with pytest.raises(s3c.NotFoundError, match="S3 object not found or inaccessible") as caught:
+        get(uri)
+    assert caught.value.uri == uri
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("uri", ["s3://no-such-bucket/x/", "s3://no-such-bucket/x"])
+def test_a_missing_bucket_is_not_found(server: Server, get: Get, uri: str) -> None:
+    with pytest.raises(s3c.NotFoundError) as caught:
+        get(uri)
+    assert caught.value.code == "NoSuchBucket"
+
+
+def test_directory_markers_are_no_files(publish: Publish, put_tree: Get, get: Get) -> None:
+    put_tree()
+    for marker in ("data.zarr/", "data.zarr/0/", "data.zarr/lonely/"):
+        publish(b"", marker)
+    assert contents(get().path) == FILES
+
+
+def test_a_prefix_of_markers_alone_is_not_found(publish: Publish, get: Get) -> None:
+    publish(b"", "data.zarr/")
+    with pytest.raises(s3c.NotFoundError):
+        get()
+
+
+def test_a_tree_arrives_in_pages(server: Server, put_tree: Get, get: Get) -> None:
+    server.page_size = 7
+    files = {f"{number:03}": b"%d" % number for number in range(50)}
+    put_tree(files)
+    assert contents(get().path) == files
+    assert listings(server) == 8
+
+
+def test_a_listing_that_repeats_itself_ends(
+    server: Server, put_tree: Get, get: Get, quick: None
+) -> None:
+    page = (
+        '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>true'
+        "</IsTruncated><NextContinuationToken>same</NextContinuationToken><Contents><Key>data.zarr/"
+        'x</Key><Size>1</Size><ETag>"e"</ETag></Contents></ListBucketResult>'
+    )
+    server.always(200, page.encode())
+    with pytest.raises(s3c.TransferError, match="repeats"):
+        get()
+    assert len(server.seen) < 5
+
+
+NASTY_NAMES = [
+    "plain",
+    "space and+plus",
+    "100%",
+    "%41",
+    "hash#",
+    "question?x=1&y",
+    "semi;colon,=@!$'()*[]~",
+    "back\\slash",
+    'quote"<tag>&amp;',
+    "new\nline",
+    "bell\x07",
+    "unit\x1f",
+    "ünïcödé",
+    "cafe\u0301",
+    "日本語/😀",
+    "-rf",
+    " leading",
+    "trailing ",
+    "dots...",
+    "...",
+    "..x",
+    ".hidden/.x0",
+    "con",
+    "x" * 255,
+]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="some of these are no names there")
+def test_names_are_kept_exactly(server: Server, put_tree: Get, get: Get) -> None:
+    server.page_size = 5  # continuation tokens with them
+    files = {name: name.encode() for name in NASTY_NAMES}
+    put_tree(files, "a +%#/")
+    assert contents(get(f"s3://{BUCKET}/a +%#/").path) == files
+    assert {r.query["prefix"] for r in server.seen if "prefix" in r.query} == {"a +%#/"}
+    assert {r.query.get("encoding-type") for r in server.seen if "prefix" in r.query} == {"url"}
+
+
+# ==== A second call ===========================================================================
+
+
+@pytest.mark.parametrize("uri", [TREE, TREE[:-1]], ids=["slash", "no slash"])
+def test_an_unchanged_tree_costs_its_listing(
+    server: Server, put_tree: Get, get: Get, uri: str
+) -> None:
+    put_tree()
+    first = get(uri)
+    server.reset()
+    second = get(uri)
+    assert (second.path, second.status, second.from_cache) == (first.path, "revalidated", True)
+    assert listings(server) == 1
+    assert len(server.seen) == (1 if uri == TREE else 2)  # the object that is not there
+
+
+def test_only_a_changed_file_is_fetched_and_the_old_snapshot_stays(
+    server: Server, publish: Publish, put_tree: Get, get: Get
+) -> None:
+    put_tree()
+    old = get()
+    publish(b"new chunk", "data.zarr/0/1")
+    server.reset()
+    new = get()
+    assert (new.status, len(server.seen), new.path != old.path) == ("downloaded", 2, True)
+    assert contents(new.path) == {**FILES, "0/1": b"new chunk"}
+    assert contents(old.path) == FILES
+
+
+def test_a_removed_file_is_gone_from_the_new_snapshot_only(
+    server: Server, put_tree: Get, get: Get
+) -> None:
+    put_tree()
+    old = get()
+    server.delete(BUCKET, "data.zarr/0/0")
+    server.reset()
+    new = get()
+    assert (new.status, new.from_cache, len(server.seen)) == ("revalidated", True, 1)
+    assert contents(new.path) == {k: v for k, v in FILES.items() if k != "0/0"}
+    assert contents(old.path) == FILES
+
+
+def test_an_added_file_is_the_only_one_fetched(
+    server: Server, publish: Publish, put_tree: Get, get: Get
+) -> None:
+    put_tree()
+    get()
+    publish(b"more", "data.zarr/1/0")
+    server.reset()
+    assert contents(get().path) == {**FILES, "1/0": b"more"}
+    assert len(server.seen) == 2
+
+
+def test_a_tree_that_changes_back_is_held_already(
+    server: Server, publish: Publish, put_tree: Get, get: Get
+) -> None:
+    put_tree()
+    first = get()
+    publish(b"new chunk", "data.zarr/0/1")
+    age(get().path, 10)
+    put_tree({"0/1": FILES["0/1"]})
+    again = get()
+    assert (again.path, again.status) == (first.path, "revalidated")
+    server.close()
+    assert get(offline=True).path == first.path
+
+
+def test_files_already_cached_are_not_fetched_again(
+    server: Server, put_tree: Get, get: Get
+) -> None:
+    put_tree()
+    get(TREE + "0/0")
+    server.reset()
+    get()
+    assert not [request for request in server.seen if request.path.endswith("0/0")]
+    server.reset()
+    assert get(TREE + ".zarray", max_age=60).status == "fresh"
+
+
+def test_an_object_that_changes_after_the_listing_is_listed_again(
+    server: Server, publish: Publish, put_tree: Get, get: Get
+) -> None:
+    put_tree()
+
+    def change(request: Any) -> None:
+        if request.path.endswith("0/1") and listings(server) == 1:
+            publish(b"changed meanwhile", "data.zarr/0/1")
+
+    server.before = change
+    assert contents(get().path) == {**FILES, "0/1": b"changed meanwhile"}
+    assert listings(server) == 2
+
+
+def test_a_tree_that_never_stays_the_same_is_an_error(
+    server: Server, put_tree: Get, get: Get, cache: Path
+) -> None:
+    put_tree()
+    count = iter(range(1000))
+
+    def change(_: object) -> None:
+        server.put(BUCKET, "data.zarr/0/1", b"%d" % next(count))
+
+    server.before = change
+    with pytest.raises(s3c.IntegrityError, match="chang"):
+        get()
+    assert listings(server) < 6
+    assert [e.kind for e in s3c.CacheManager(cache).entries() if e.kind == "tree"] == []
+
+
+def test_a_damaged_snapshot_is_mended(server: Server, put_tree: Get, get: Get) -> None:
+    put_tree()
+    root = get().path
+    (root / "0/0").unlink()
+    server.reset()
+    again = get()
+    assert contents(again.path) == FILES
+    assert len(server.seen) == 1, "the file itself was still in the cache"
+
+
+def test_a_file_that_fails_fails_the_tree_and_leaves_no_snapshot(
+    server: Server, put_tree: Get, get: Get, cache: Path
+) -> None:
+    put_tree()
+    server.on_path("/0/1", 404, code="NoSuchKey")
+    with pytest.raises(s3c.NotFoundError, match="0/1"):
+        get()
+    trees = cache / "aind-s3-cache" / "trees"
+    assert not trees.exists() or os.listdir(trees) == []
+    server.on_path("/0/1", None)
+    assert contents(get().path) == FILES
+
+
+def test_threads_that_ask_for_one_tree_share_its_files(
+    server: Server, put_tree: Get, get: Get
+) -> None:
+    files = {str(n): b"%d" % n for n in range(30)}
+    put_tree(files)
+    server.latency = 0.002
+    results: list[Any] = []
+    threads = [threading.Thread(target=lambda: results.append(get())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {r.path for r in results} == {results[0].path}
+    assert contents(results[0].path) == files
+    asked = Counter(request.path for request in server.seen if "list-type" not in request.query)
+    assert (len(asked), set(asked.values())) == (30, {1})
+
+
+# ==== On disk =================================================================================
+
+
+def inodes(root: Path) -> dict[str, int]:
+    found = (path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): path.stat().st_ino for path in found}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="inodes")
+def test_snapshots_are_hard_links_to_ordinary_entries(
+    put_tree: Get, get: Get, publish: Publish, cache: Path
+) -> None:
+    put_tree()
+    old = get()
+    assert inodes(old.path)["0/0"] == get(TREE + "0/0").path.stat().st_ino
+    publish(b"new chunk", "data.zarr/0/1")
+    new = get()
+    assert len(inodes(old.path).items() - inodes(new.path).items()) == 1
+    assert s3c.CacheManager(cache).size() == sum(map(len, FILES.values())) + len(b"new chunk")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
+def test_the_files_of_a_snapshot_are_read_only(put_tree: Get, get: Get) -> None:
+    put_tree()
+    modes = [p.stat().st_mode for p in get().path.rglob("*") if p.is_file()]
+    assert not any(mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH) for mode in modes)
+
+
+LINKLESS = """
+#define _GNU_SOURCE
+#include <errno.h>
+int link(const char *a, const char *b) { errno = EPERM; return -1; }
+int linkat(int c, const char *a, int d, const char *b, int e) { errno = EPERM; return -1; }
+"""
+
+
+@pytest.fixture(scope="module")
+def linkless(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A library that, preloaded, makes every file system one without hard links."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs a C compiler, and Linux")
+    library = tmp_path_factory.mktemp("linkless") / "linkless.so"
+    command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(command, input=LINKLESS.encode(), check=True)
+    return str(library)
+
+
+COPIES = """
+import os, sys, SUBJECT as s3c
+try:
+    os.link(__import__("sys").executable, sys.argv[1] + ".link")
+except PermissionError:
+    print("no links here", file=sys.stderr)
+print(s3c.get_local_path_for_resource(sys.argv[2], cache_dir=sys.argv[1]).path)
+"""
+
+
+def test_where_links_fail_copies_are_made(
+    put_tree: Get, get: Get, cache: Path, linkless: str, run_python: Run
+) -> None:
+    put_tree()
+    done = run_python(COPIES, cache, TREE, env={"LD_PRELOAD": linkless})
+    assert "no links here" in done.stderr
+    root = Path(done.stdout.strip())
+    assert contents(root) == FILES
+    assert {path.stat().st_nlink for path in root.rglob("*") if path.is_file()} == {1}
+    again = get()
+    assert (again.path, again.status) == (root, "revalidated")
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    options = b"size=256k"
+    if libc is None or libc.mount(b"none", os.fsencode(place), b"tmpfs", 0, options) != 0:
+        pytest.skip("cannot mount a tmpfs")
+    yield place
+    libc.umount2(os.fsencode(place), 2)
+
+
+@pytest.mark.root
+def test_a_tree_that_does_not_fit_leaves_no_snapshot(
+    put_tree: Get, get: Get, full_disk: Path
+) -> None:
+    put_tree({f"{n}": bytes(64 << 10) for n in range(8)})
+    with pytest.raises(s3c.CacheError, match="free") as caught:
+        get(cache_dir=full_disk)
+    assert caught.value.errno is not None
+    assert [e.kind for e in s3c.CacheManager(full_disk).entries() if e.kind == "tree"] == []
+    assert not list(full_disk.rglob(".t*"))
+
+
+def test_a_manager_sees_trees(put_tree: Get, get: Get, cache: Path) -> None:
+    put_tree()
+    root = get().path
+    (tree,) = [e for e in s3c.CacheManager(cache).entries() if e.kind == "tree"]
+    assert (tree.path, tree.name) == (str(root), "data.zarr")
+    s3c.CacheManager(cache).clear()
+    assert not root.exists()
+
+
+# ==== Keys that are no paths ==================================================================
+
+UNSAFE = {
+    "a part ..": ["ok", "../escape"],
+    "only ..": ["ok", ".."],
+    "deep ..": ["a/b/../../../c"],
+    "a part .": ["a/./b"],
+    "an empty part": ["a//b"],
+    "absolute": ["/etc/passwd"],
+    "a file that ends in a slash": ["dir/with-content/"],
+    "file and directory": ["x", "x/y"],
+    "file and directory, deeper": ["a/x", "a/x/y/z", "a/y"],
+    "NUL": ["nul\0name"],
+    "longer than a name may be": ["y" * 256],
+}
+
+
+@pytest.mark.parametrize("why", UNSAFE)
+def test_a_key_that_is_no_path_is_refused_by_name_before_anything_is_written(
+    server: Server, put_tree: Get, get: Get, cache: Path, why: str
+) -> None:
+    put_tree(dict.fromkeys(["fine", *UNSAFE[why]], b"x"))
+    with pytest.raises(s3c.CacheError) as caught:
+        get()
+    bad = UNSAFE[why][-1] if "file and" not in why else UNSAFE[why][0]
+    assert ascii(bad)[1:-1] in str(caught.value)
+    assert isinstance(caught.value, OSError)
+    assert len(server.seen) == listings(server)
+    assert not cache.exists() or contents(cache) == {}
+
+
+@pytest.fixture
+def folding(cache: Path) -> Path:
+    """A cache that finds its tag under either spelling, as where `A` is taken for `a`."""
+    (cache / "aind-s3-cache").mkdir(parents=True)
+    for name in ("CACHEDIR.TAG", "cachedir.tag"):  # one file on macOS and Windows
+        (cache / "aind-s3-cache" / name).touch()
+    return cache
+
+
+TWINS = [["Data", "data"], ["Dir/a", "dir/b"], ["a/X", "a/x"], ["Both", "both/x"]]
+
+
+@pytest.mark.parametrize("names", TWINS, ids=repr)
+def test_case_twins_are_refused_where_they_would_meet(
+    put_tree: Get, get: Get, folding: Path, names: list[str]
+) -> None:
+    put_tree({name: name.encode() for name in names})
+    with pytest.raises(s3c.CacheError, match=r"(?i)case|both"):
+        get(cache_dir=folding)
+    assert sorted(os.listdir(folding / "aind-s3-cache" / "trees")) == []
+
+
+@pytest.mark.parametrize("names", TWINS, ids=repr)
+def test_case_twins_are_fine_where_they_do_not_meet(
+    put_tree: Get, get: Get, tmp_path: Path, names: list[str]
+) -> None:
+    (tmp_path / "probe").touch()
+    if (tmp_path / "PROBE").exists():
+        pytest.skip("this file system takes one for the other")
+    put_tree({name: name.encode() for name in names})
+    assert contents(get().path) == {name: name.encode() for name in names}
+
+
+def test_a_listing_with_keys_of_elsewhere_is_not_believed(
+    server: Server, get: Get, quick: None, cache: Path
+) -> None:
+    page = (
+        '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>false'
+        "</IsTruncated><Contents><Key>elsewhere/x</Key><Size>1</Size><ETag>&quot;e&quot;</ETag>"
+        "</Contents></ListBucketResult>"
+    )
+    server.on_path("list-type", 200, page.encode())
+    server.put(BUCKET, "elsewhere/x", b"x", etag='"e"')
+    with pytest.raises(s3c.S3CacheError):
+        get()
+    assert not list(cache.rglob("*x"))
+
+
+# ==== Ages, offline, stale ====================================================================
+
+BOTH = pytest.mark.parametrize("uri", [TREE, TREE[:-1]], ids=["slash", "no slash"])
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{"max_age": 60}, {"offline": True}], ids=str)
+def test_a_held_tree_needs_no_request(
+    server: Server, put_tree: Get, get: Get, uri: str, options: dict[str, Any]
+) -> None:
+    put_tree()
+    path = get(uri).path
+    server.reset()
+    result = get(uri, **options)
+    assert (result.path, result.status, result.from_cache) == (path, "fresh", True)
+    assert server.seen == []
+
+
+def test_after_max_age_a_tree_is_listed_and_its_age_renewed(
+    server: Server, put_tree: Get, get: Get, cache: Path
+) -> None:
+    put_tree()
+    get()
+    age(cache, 3600)
+    assert get(max_age=60).status == "revalidated"
+    server.reset()
+    assert get(max_age=60).status == "fresh"
+    assert server.seen == []
+
+
+def test_offline_gives_the_newest_snapshot(publish: Publish, put_tree: Get, get: Get) -> None:
+    put_tree()
+    age(get().path, 10)
+    publish(b"new chunk", "data.zarr/0/1")
+    new = get()
+    assert get(offline=True).path == new.path
+
+
+@BOTH
+def test_offline_without_a_snapshot_is_an_error(
+    server: Server, get: Get, uri: str, cache: Path
+) -> None:
+    with pytest.raises(s3c.OfflineError):
+        get(uri, offline=True)
+    assert server.seen == []
+    assert not cache.exists()
+
+
+@BOTH
+@pytest.mark.parametrize("failure", ["refused", "503", "429"])
+def test_a_failing_server_leaves_the_stale_snapshot(
+    server: Server, put_tree: Get, get: Get, quick: None, uri: str, failure: str
+) -> None:
+    put_tree()
+    path = get(uri).path
+    if failure == "refused":
+        server.close()
+    else:
+        server.always(int(failure))
+    result = get(uri, stale_if_error=True)
+    assert (result.path, result.status, result.from_cache) == (path, "stale", True)
+    with pytest.raises(s3c.TransferError):
+        get(uri)
+
+
+def test_a_failing_file_of_a_changed_tree_leaves_the_stale_snapshot(
+    server: Server, publish: Publish, put_tree: Get, get: Get, quick: None
+) -> None:
+    put_tree()
+    old = get()
+    publish(b"new chunk", "data.zarr/0/1")
+    server.on_path("/0/1", 503)
+    result = get(stale_if_error=True)
+    assert (result.path, result.status) == (old.path, "stale")
+
+
+def test_a_listing_is_retried(server: Server, put_tree: Get, get: Get, quick: None) -> None:
+    put_tree()
+    server.on_path("list-type", 503, times=1)
+    server.on_path("list-type", 200, b"<Error><Code>InternalError</Code></Error>", times=1)
+    server.on_path("list-type", 200, b"<ListBucketResult><Contents>", times=1)
+    assert contents(get().path) == FILES
+    assert listings(server) == 4
+
+
+# ==== Progress, permissions, interrupts =======================================================
+
+
+def test_progress_of_a_tree_sums_to_its_size(put_tree: Get, get: Get) -> None:
+    put_tree()
+    got: list[int] = []
+    result = get(progress=got.append)
+    assert sum(got) == result.size
+    got.clear()
+    get(progress=got.append)
+    assert got == []
+
+
+def test_a_refused_listing_is_access_denied(server: Server, put_tree: Get, get: Get) -> None:
+    put_tree()
+    server.on_path("list-type", 403, code="AccessDenied")
+    with pytest.raises(s3c.AccessDeniedError) as caught:
+        get(anonymous=True)
+    assert caught.value.code == "AccessDenied"
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, SUBJECT as s3c
+got = []
+def progress(size):
+    got.append(size)
+    if len(got) == 20:
+        os.kill(os.getpid(), signal.SIGINT)
+try:
+    s3c.get_local_path_for_resource(sys.argv[2], cache_dir=sys.argv[1], progress=progress)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT")
+def test_an_interrupted_tree_leaves_no_snapshot_and_resumes(
+    server: Server, put_tree: Get, get: Get, cache: Path, run_python: Run
+) -> None:
+    files = {str(number): b"%d" % number for number in range(300)}
+    put_tree(files)
+    server.latency = 0.005
+    done = run_python(INTERRUPTED, cache, TREE, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert os.listdir(cache / "aind-s3-cache" / "trees") == []
+    server.reset()
+    server.latency = 0
+    assert contents(get().path) == files
+    assert len(server.seen) < 300
+
+
+# ==== Signed ==================================================================================
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("boto3")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+
+
+@pytest.mark.boto3
+@pytest.mark.parametrize("anonymous", [None, False], ids=["unsigned first", "signed"])
+def test_a_private_tree_is_listed_and_fetched_signed(
+    server: Server, put_tree: Get, get: Get, keys: None, anonymous: Any
+) -> None:
+    server.require_auth, server.page_size = True, 4
+    files = {**FILES, **({} if os.name == "nt" else dict.fromkeys(NASTY_NAMES, b"x"))}
+    put_tree(files)
+    result = get(anonymous=anonymous)
+    assert contents(result.path) == files
+    if os.name == "posix":
+        assert stat.S_IMODE((result.path / "0/0").stat().st_mode) & 0o077 == 0
+        assert stat.S_IMODE(result.path.stat().st_mode) & 0o077 == 0
+
+
+@pytest.mark.boto3
+def test_a_private_tree_is_served_offline_to_all_but_the_anonymous(
+    server: Server, put_tree: Get, get: Get, keys: None
+) -> None:
+    server.require_auth = True
+    put_tree()
+    path = get(anonymous=False).path
+    assert get(offline=True).path == path
+    assert get(max_age=60).path == path
+    with pytest.raises(s3c.OfflineError):
+        get(offline=True, anonymous=True)
+    with pytest.raises(s3c.AccessDeniedError):
+        get(max_age=60, anonymous=True)
+
+
+@pytest.mark.boto3
+def test_an_unchanged_private_tree_costs_its_listing(
+    server: Server, put_tree: Get, get: Get, keys: None
+) -> None:
+    server.require_auth = True
+    put_tree()
+    get(anonymous=False)
+    server.reset()
+    assert get(anonymous=False).status == "revalidated"
+    assert len(server.seen) == 1
+
+
+# ==== zarr ====================================================================================
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_real_zarr_array_opens_and_equals_the_original(
+    put_tree: Get, get: Get, tmp_path: Path, zarr_format: int
+) -> None:
+    zarr = pytest.importorskip("zarr", minversion="3")
+    store = tmp_path / "original.zarr"
+    array = zarr.create_array(
+        store, shape=(64, 48), chunks=(16, 16), dtype="uint16", zarr_format=zarr_format
+    )
+    array[:] = [[row * 48 + column for column in range(48)] for row in range(64)]
+    array.attrs["spacing"] = [0.5, 2]
+    put_tree(contents(store))
+    opened = zarr.open_array(get(TREE[:-1]).path, mode="r")
+    assert (opened[:] == array[:]).all()
+    assert (opened.attrs["spacing"], opened.shape) == ([0.5, 2], (64, 48))
