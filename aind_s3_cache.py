@@ -570,8 +570,8 @@ def join_any(base: StrPath, *parts: str) -> str:
             head += ("" if head.endswith("/") else "/") + part.replace("\\", "/")
         return head + rest
     joined = str(as_pathlike(text)[2].joinpath(*parts))
-    if "\\" in text:
-        return joined.replace("/", "\\") if "/" in joined else joined
+    if "\\" in text and "/" in joined:
+        return joined.replace("/", "\\")
     return joined.replace("\\", "/") if "/" in text else joined
 
 
@@ -607,6 +607,11 @@ _THROTTLED = {
     "SlowDown", "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled",
     "RequestThrottledException", "TooManyRequestsException", "RequestLimitExceeded",
     "BandwidthLimitExceeded", "PriorRequestNotComplete",
+}  # fmt: skip
+# How servers that are not AWS may refuse a request without a signature, under status 400.
+_UNSIGNED_CODES = {
+    "UnsupportedAlgorithm", "MissingSecurityHeader", "MissingAuthenticationToken",
+    "AuthorizationQueryParametersError",
 }  # fmt: skip
 _HINTS = {
     "AccessDenied": "Missing, or not public: without permission to list, S3 says 403 for a missing"
@@ -691,7 +696,8 @@ def _basic(userinfo: str) -> str:
 
 def _is_region(name: str) -> bool:
     """Tell whether a region may become part of a host name: one label (RFC 1123, 2.1)."""
-    return 0 < len(name) < 64 and name.replace("-", "a").isalnum() and name.isascii()
+    whole = 0 < len(name) < 64 and name.isascii() and name.replace("-", "a").isalnum()
+    return whole and name[0] != "-" != name[-1]
 
 
 def _dns_suffix(region: str) -> str:
@@ -876,8 +882,10 @@ class _Key:
 
     __slots__ = ("etag", "key", "size")
 
-    def __init__(self, key: str, etag: str | None, size: int) -> None:
-        self.key, self.etag, self.size = key, etag, size
+    def __init__(self, key: str, etag: str, size: int) -> None:
+        # Some servers list the tag without the quotes that they send with the object.
+        self.key, self.size = key, size
+        self.etag = _etag({"etag": etag if etag[-1:] == '"' else f'"{etag}"'})
 
 
 def _parse_listing(body: bytes) -> tuple[list[_Key], str | None]:
@@ -902,7 +910,7 @@ def _parse_listing(body: bytes) -> tuple[list[_Key], str | None]:
             size = _digits(item.get("Size", ""))
             if "Key" not in item or size is None:
                 raise ValueError("a listing with an entry that has no key or size")
-            keys.append(_Key(decode(item["Key"]), _etag({"etag": item.get("ETag", "")}), size))
+            keys.append(_Key(decode(item["Key"]), item.get("ETag", ""), size))
             item = {}
     more = once.get("IsTruncated") == "true"
     token = once.get("NextContinuationToken")
@@ -921,6 +929,8 @@ class _Answer:
     __slots__ = ("body", "etag", "headers", "start", "status", "stop", "total")
 
     def __init__(self, status: int, headers: dict[str, str], body: Reader) -> None:
+        if status == 200 and "content-range" in headers:  # gofakes3 calls a part 200
+            status = 206
         self.status, self.headers, self.body = status, headers, body
         self.etag = _etag(headers)
         self.start, self.stop, self.total = 0, None, None  # type: int, int | None, int | None
@@ -1341,6 +1351,12 @@ class _Body:
         if connection:
             connection.release() if self.keep else connection.close()
 
+    def stop(self) -> None:
+        """Wake whoever reads."""
+        connection = self.connection
+        if connection:
+            connection.stop()
+
     def close(self) -> None:
         """Leave the body; what was not read takes its connection with it."""
         connection, self.connection = self.connection, None
@@ -1503,9 +1519,9 @@ def _redirected(place: _Place, location: str) -> _Place:
 
     scheme = place.origin[0]
     base = f"{scheme}://{place.netloc}{place.target}"
-    location = urljoin(base, location.encode("latin-1").decode("utf-8", "replace"))
+    location = location.encode("latin-1").decode("utf-8", "replace")
     try:
-        new = _place(location)
+        new = _place(urljoin(base, location))
     except ValueError:
         raise TransferError(f"Refused a redirect to {_redact(location)}", uri=str(place)) from None
     if (scheme, new.origin[0]) == ("https", "http"):
@@ -1674,6 +1690,8 @@ class _Source:
         said = _parse_error(body) if self.kind == "s3" else {}
         code = code or said.get("Code") or (_S3_CODES.get(status) if self.kind == "s3" else None)
         retry = _retry_kind(status, code)
+        if status == 400 and code in _UNSIGNED_CODES and not self.signed:
+            cls = AccessDeniedError
         if status >= 500 or retry != "no":
             cls = TransferError
         hint = _HINTS.get(code or "", "")
@@ -1831,30 +1849,42 @@ class _Stream:
 
     def __init__(self, body: Any, source: _Signed, switch: _Stop | None) -> None:
         self._body, self._source, self._switch = body, source, switch
-        if switch:
-            switch.hold(self)
+        self._reading = self._closed = False
+        try:
+            if switch:
+                switch.hold(self)
+        except BaseException:
+            self.close()
+            raise
 
     def readinto(self, view: memoryview) -> int:
+        self._reading = True
         try:
             data = self._body.read(len(view))
         except Exception as error:
             if self._switch:
                 self._switch.check()
             raise self._source.translated(error) from None
+        finally:
+            self._reading = False
+            if self._closed:
+                self._body.close()
         view[: len(data)] = data
         return len(data)
 
     def stop(self) -> None:
-        """Wake whoever reads: closing would wait for the reader, and the reader for the server."""
+        """Wake whoever reads."""
         raw = getattr(self._body, "_raw_stream", None)
         sock = getattr(getattr(raw, "_connection", None), "sock", None)
         if sock is not None:
             _shut_down(sock)
 
     def close(self) -> None:
+        """Close, or let the thread that reads do so: it would have to be waited for."""
         if self._switch:
             self._switch.drop(self)
-        if not self._switch or not self._switch.event.is_set():
+        self._closed = True
+        if not self._reading:
             self._body.close()
 
 
@@ -1885,8 +1915,9 @@ class _Signed(_S3):
         if isinstance(said, dict):
             meta = said.get("ResponseMetadata", {})
             headers = {k.lower(): str(v) for k, v in meta.get("HTTPHeaders", {}).items()}
-            code = said.get("Error", {}).get("Code")
-            return self._error(meta.get("HTTPStatusCode", 0), headers, b"", code)
+            code = str(said.get("Error", {}).get("Code", ""))
+            code = "" if code.isdigit() else code  # botocore's stand-in for an empty body
+            return self._error(meta.get("HTTPStatusCode", 0), headers, b"", code or None)
         name = type(error).__name__
         bases = {cls.__name__ for cls in type(error).__mro__}
         if isinstance(error, S3CacheError) or "NoCredentialsError" in bases:
@@ -1946,7 +1977,7 @@ class _Signed(_S3):
             "list_objects_v2", Bucket=self.bucket, Prefix=prefix, ContinuationToken=token
         )
         found = page.get("Contents", ())
-        keys = [_Key(k["Key"], _etag({"etag": k.get("ETag", "")}), k["Size"]) for k in found]
+        keys = [_Key(k["Key"], k.get("ETag", ""), k["Size"]) for k in found]
         return keys, page.get("NextContinuationToken") if page.get("IsTruncated") else None
 
     def child(self, key: str) -> _S3:
@@ -2069,7 +2100,6 @@ class _Access:
         client = None if self.anonymous else _own_client(False, self.env.endpoint)
         if client is not None:
             yield _Signed(client, bucket, key, version)
-            _SIGNED_BUCKETS.add(where)
 
     def attempt(self, target: _Target, version: str | None, act: Callable[[_Source], T]) -> T:
         """Act on the first source; where it is refused, on the next. Remember who was let in."""
@@ -2084,8 +2114,8 @@ class _Access:
                     raise
                 source = following
             else:
-                if source.signed:
-                    next(sources, None)  # runs what follows the yield: remember the bucket
+                if source.signed and target.kind == "s3" and self.anonymous is None:
+                    _SIGNED_BUCKETS.add((self.env.endpoint, target.bucket))
                 return result
 
 
@@ -2803,6 +2833,12 @@ class _Lock:
         with self._guard:
             self._gone = True
             if self._fd >= 0:
+                import fcntl
+
+                try:
+                    fcntl.flock(self._fd, fcntl.LOCK_UN)  # a forked child may hold a copy
+                except OSError:
+                    pass
                 os.close(self._fd)  # never unlinked: a peer may lock the old inode, a third the new
                 self._fd = -1
 
@@ -3140,15 +3176,19 @@ def _plan_prune(
             return unit.entry.last_used
         return max((recent[inode] for inode in unit.inodes), default=0.0)
 
-    def order(unit: _Unit) -> tuple[bool, float, bool]:
-        return not unit.entry.superseded, last_use(unit), unit.entry.kind != "tree"
+    def is_old(unit: _Unit) -> bool:
+        idle = now - last_use(unit)
+        orphan = unit.entry.kind == "partial" and idle > _ORPHAN_AGE
+        return orphan or (max_age is not None and idle > max_age)
+
+    def order(unit: _Unit) -> tuple[bool, bool, float, bool]:
+        entry = unit.entry
+        return not is_old(unit), not entry.superseded, last_use(unit), entry.kind != "tree"
 
     plan = []
     for unit in sorted(units, key=order):
-        idle = now - last_use(unit)
-        old = max_age is not None and idle > max_age
-        old = old or (unit.entry.kind == "partial" and idle > _ORPHAN_AGE)
-        if idle <= _GRACE or not (old or (max_size is not None and total > max_size)):
+        too_large = max_size is not None and total > max_size
+        if now - last_use(unit) <= _GRACE or not (is_old(unit) or too_large):
             continue
         plan.append(unit)
         for inode in unit.inodes:
@@ -3444,14 +3484,19 @@ def _decompress(data: bytes, wbits: int, limit: int) -> bytes | None:
     """
     import zlib
 
-    out = b""
-    while data and len(out) <= limit:
+    out, at = bytearray(), 0
+    while at < len(data) and len(out) <= limit:
         member = zlib.decompressobj(wbits)
-        out += member.decompress(data, limit + 1 - len(out))
+        while not member.eof and at < len(data) and len(out) <= limit:
+            piece = data[at : at + 8192]  # small, since what a member leaves over is copied
+            at += len(piece)
+            out += member.decompress(piece, limit + 1 - len(out))
         if not member.eof and len(out) <= limit:
             return None
-        data = member.unused_data.lstrip(b"\0")
-    return out
+        at -= len(member.unused_data)
+        while data[at : at + 1] == b"\0":  # padding
+            at += 1
+    return bytes(out)
 
 
 def _inflate(data: bytes, source: _Source, coding: str) -> bytes:
@@ -3604,23 +3649,41 @@ def get_json_s3(
 def get_json_s3_uri(
     uri: str, s3_client: Any = None, anonymous: bool | None = None
 ) -> dict[str, Any]:
-    """Read a JSON object from an ``s3://`` URI; all else is as in `get_json_s3`.
+    """Read a JSON object from an ``s3://`` URI.
+
+    Parameters
+    ----------
+    uri : str
+    s3_client, anonymous
+        As in `get_json_s3`.
+
+    Returns
+    -------
+    dict
 
     Raises
     ------
     ValueError
-        Not an S3 URI.
+        Not an S3 URI. All else is as in `get_json_s3`.
     """
     return _load_json_s3(*parse_s3_uri(uri), s3_client, anonymous, None)
 
 
 def get_json_url(url: str) -> dict[str, Any]:
-    """Read a JSON object from an http(s) URL; errors are as in `get_json_s3`.
+    """Read a JSON object from an http(s) URL.
+
+    Parameters
+    ----------
+    url : str
+
+    Returns
+    -------
+    dict
 
     Raises
     ------
     ValueError
-        Not an http(s) URL.
+        Not an http(s) URL. All else is as in `get_json_s3`.
     """
     if _scheme(_text(url)) not in ("http", "https"):
         raise ValueError(f"Not an http(s) URL: {_redact(_text(url))!r}")
@@ -4044,9 +4107,11 @@ class _Download:
         self.first: _Answer | None = answer if first else None
         self.single = first and answer.status == 200
         self.switch = _Stop(opt.switch)
+        if first:
+            self.switch.hold(answer.body)
         self.received = 0
-        self.span = min(_SPAN, max(_CHUNK, self.total // (4 * opt.max_concurrency)))
         self.limit = 1 if self.single or self.total <= opt.threshold else opt.max_concurrency
+        self.span = min(_SPAN, max(_CHUNK, self.total // (4 * self.limit)))
 
     def count(self, size: int) -> None:
         self.received += size
@@ -4135,8 +4200,10 @@ def _await_peer(store: _Store, ident: str, lock: _Lock, found: Callable[[], T | 
     pulse, since = -1, time.monotonic()
     while True:
         result = found()
-        if result or lock.acquire():
+        if result:
             return result
+        if lock.acquire():
+            return found()  # its last holder may just have published
         beat = store.pulse(ident)
         if beat != pulse:
             pulse, since = beat, time.monotonic()
@@ -4288,7 +4355,7 @@ class _Fetch:
             if first and not lock.acquire():
                 answer.body.close()
                 first = False
-            entry = None if first else _await_peer(self.store, self.ident, lock, found)
+            entry = found() if first else _await_peer(self.store, self.ident, lock, found)
             if entry and self.store.confirm(entry.path):
                 return entry.path, True
             return self._parts(answer, first, found)
@@ -4611,10 +4678,20 @@ class _Tree:
         """Return the entry of one file of the listing, downloaded if we do not hold it."""
         source = self.source.child(key.key)
         ident = _ident(source)
-        for entry in self.store.find(ident, source.signed):
-            if key.etag and entry.etag == key.etag and entry.size == key.size:
-                return entry.path
-        with _Flight(self.store, ident):
+
+        def held() -> str | None:
+            for entry in self.store.find(ident, source.signed):
+                if key.etag and entry.etag == key.etag and entry.size == key.size:
+                    return entry.path
+            return None
+
+        path = held()
+        if path:
+            return path
+        with _Flight(self.store, ident) as flight:
+            path = held() if flight.waited else None
+            if path:
+                return path
             found = _Fetch(source, opt, ident).run([])
         self.fetched = self.fetched or not found.from_cache
         if found.size != key.size or (key.etag and found.etag != key.etag):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pickle
 import re
+import shutil
 import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from server import Server
+from server import Request, Server, render
 from subject import name as subject_name
 from subject import s3c
 
@@ -26,6 +31,7 @@ OWN_HOSTS = ["127.0.0.1", "::1", "localhost"]
 AWS_HOSTS = ["*.s3.amazonaws.com", "*.s3.us-west-2.amazonaws.com", "s3.us-west-2.amazonaws.com"]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Spawn = Callable[..., "subprocess.Popen[str]"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -101,6 +107,12 @@ def _no_leaks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
         places = (tmp_path / "home", tmp_path / "cache")
         left = [path for place in places if place.is_dir() for path in place.rglob(".t*")]
         assert not left, "temporary files left behind"
+
+
+@pytest.fixture(autouse=True)
+def _full_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The retries that one test spends are not missing in the next."""
+    monkeypatch.setattr(s3c._QUOTA, "tokens", s3c._RETRY_TOKENS)
 
 
 # ==== Servers and what they hold ==============================================================
@@ -189,6 +201,75 @@ def no_sleep(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return slept
 
 
+@pytest.fixture
+def get(cache: Path) -> Callable[..., Any]:
+    """`get(uri, **options)`: localize into `cache`."""
+
+    def get(uri: Any, **options: Any) -> Any:
+        return s3c.get_local_path_for_resource(uri, cache_dir=cache, **options)
+
+    return get
+
+
+@pytest.fixture
+def cut(server: Server) -> Callable[..., None]:
+    """`cut(size, end, times=1)`: that many answers end so after `size` bytes of their true body."""
+
+    def cut(size: int, end: Any, times: float = 1) -> None:
+        left = [times]
+
+        def before(request: Request) -> tuple[Any, ...] | None:
+            answer = server._answer(request)
+            if left[0] < 1 or answer.status >= 300 or len(answer.body) <= size:
+                return None
+            left[0] -= 1
+            head, body = render(answer, request.method)
+            # The pause lets the client read what came before a reset throws it away.
+            return answer._replace(raw=(head + bytes(body[:size]), 0.02, end))
+
+        server.before = before
+
+    return cut
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries follow at once, also after an answer that throttles."""
+    monkeypatch.setattr(s3c, "_RETRY_BASE", 0.001)
+    monkeypatch.setattr(s3c, "_RETRY_BASE_THROTTLED", 0.001)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes at a 64th: an object of 256 KiB is large, and a MiB comes in several ranges.
+
+    To be used with `multipart_threshold_bytes=256 << 10`.
+    """
+    monkeypatch.setattr(s3c, "_CHUNK", 16 << 10)
+    monkeypatch.setattr(s3c, "_SPAN", 64 << 10)
+    monkeypatch.setattr(s3c, "_SMALL", 256 << 10)
+
+
+_SESSION: list[Any] = []  # one for all tests: it keeps what it has parsed of S3's model
+
+
+def new_client(url: str, **config: Any) -> Any:
+    """A boto3 client with a key of its own; the test is skipped without boto3."""
+    boto3 = pytest.importorskip("boto3")
+    from botocore.config import Config
+
+    if not _SESSION:
+        _SESSION.append(boto3.session.Session())
+    return _SESSION[0].client(
+        "s3",
+        endpoint_url=url,
+        aws_access_key_id="key",
+        aws_secret_access_key="secret-of-the-test",
+        region_name="us-east-1",
+        config=Config(retries={"total_max_attempts": 1}, **config),
+    )
+
+
 # ==== Real processes ==========================================================================
 
 
@@ -253,3 +334,117 @@ def cli(tmp_path: Path) -> Run:
         return _run(command, env, timeout, **{"cwd": tmp_path, **options})
 
     return cli
+
+
+@pytest.fixture
+def spawn(prelude: str, tmp_path: Path) -> Iterator[Spawn]:
+    """`spawn(code, *args, env=)`: as `run_python`, but running; killed when the test ends."""
+    running: list[subprocess.Popen[str]] = []
+
+    def spawn(code: str, *args: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        source = prelude + code.replace("SUBJECT", subject_name)
+        command = [sys.executable, "-c", source, *map(str, args)]
+        pipe, both = subprocess.PIPE, {**os.environ, **(env or {})}
+        running.append(
+            subprocess.Popen(
+                command, env=both, cwd=tmp_path, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+            )
+        )
+        return running[-1]
+
+    yield spawn
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def preload(tmp_path: Path) -> Callable[[str], dict[str, str]]:
+    """`preload(c_source) -> env` for a child whose libc calls are replaced (LD_PRELOAD)."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if sys.platform != "linux" or compiler is None:
+        pytest.skip("replacing calls of libc needs Linux and a C compiler")
+
+    def preload(source: str) -> dict[str, str]:
+        library = tmp_path / "preload.so"
+        command = [compiler, "-shared", "-fPIC", "-w", "-x", "c", "-", "-o", str(library), "-ldl"]
+        subprocess.run(command, input=source, text=True, check=True)
+        return {"LD_PRELOAD": str(library)}
+
+    return preload
+
+
+# ==== Other users and small disks =============================================================
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that every user of the machine can reach (`tmp_path` is the owner's alone)."""
+    path = Path(tempfile.mkdtemp(prefix="s3c-", dir=os.path.realpath(tempfile.gettempdir())))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+def _report(function: Callable[[], object]) -> tuple[bool, object]:
+    try:
+        return True, function()
+    except Exception as error:
+        return False, error
+
+
+@pytest.fixture
+def as_nobody() -> Callable[[Callable[[], Any]], Any]:
+    """`as_nobody(function)`: call it in a forked child of another user; returns, raises the same.
+
+    What it imports must be imported before: the other user may not be able to read this Python.
+    """
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("to become another user needs root")
+
+    def as_nobody(function: Callable[[], Any]) -> Any:
+        reader, writer = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the server's threads stay here
+            child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException), open(writer, "wb") as pipe:
+                os.setgroups([])
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
+                pickle.dump(_report(function), pipe)
+            os._exit(0)
+        os.close(writer)
+        with open(reader, "rb") as pipe:
+            data = pipe.read()
+        os.waitpid(child, 0)
+        went_well, value = pickle.loads(data)
+        if not went_well:
+            raise value
+        return value
+
+    return as_nobody
+
+
+@pytest.fixture
+def mount(public: Path) -> Iterator[Callable[..., Path]]:
+    """`mount(options, kind="tmpfs", source="tmpfs") -> directory`, unmounted at the end."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("to mount a file system needs root on Linux")
+    mounted: list[Path] = []
+
+    def mount(options: str, kind: str = "tmpfs", source: object = "tmpfs") -> Path:
+        place = public / f"disk{len(mounted)}"
+        place.mkdir()
+        command = ["mount", "-t", kind, "-o", options, str(source), str(place)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"this machine does not mount {kind}: {done.stderr.strip()[:80]}")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)

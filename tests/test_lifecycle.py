@@ -1,0 +1,416 @@
+"""Forks, exits, odd homes, read-only roots, power cuts: what a process may meet in its life."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipapp
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from conftest import SUBJECT_FILE, Run, Spawn
+from server import Server
+from subject import name as subject_name
+from subject import s3c
+
+MiB = 1 << 20
+Publish = Callable[..., str]
+posix = pytest.mark.skipif(os.name != "posix", reason="fork, signals and users are of POSIX")
+
+
+def blob(size: int) -> bytes:
+    block = b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(8191))
+    return (block * (size // len(block) + 1))[:size]
+
+
+# ==== Fork ====================================================================================
+
+FORK = """
+import SUBJECT as s3c, os, sys
+def ask(process):  # each object tells its own name
+    for n in range(40):
+        uri = f"s3://b/{process}-{n}"
+        found = s3c.get_local_path_for_resource(uri, cache_dir=sys.argv[1])
+        assert found.path.read_bytes().decode() == uri, uri
+s3c.get_local_path_for_resource("s3://b/0-0", cache_dir=sys.argv[1])
+children = []
+for process in range(1, 5):
+    children.append(os.fork())
+    if not children[-1]:
+        ask(process)
+        os._exit(0)
+ask(0)
+assert not any(os.waitpid(child, 0)[1] for child in children)
+print("ok")
+"""
+
+
+@posix
+def test_a_fork_shares_no_connection(server: Server, run_python: Run, cache: Path) -> None:
+    """With a shared socket, valid answers reach the wrong process."""
+    for key in (f"{process}-{n}" for process in range(5) for n in range(40)):
+        server.put("b", key, f"s3://b/{key}".encode())
+    assert run_python(FORK, cache).stdout == "ok\n"
+    assert server.connections == 5
+
+
+FORK_BUSY = """
+import SUBJECT as s3c, os, sys, threading, time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+cache, large, small = sys.argv[1:]
+def get(uri): return s3c.get_local_path_for_resource(uri, cache_dir=cache)
+busy = threading.Thread(target=get, args=(large,))
+busy.start()
+time.sleep(0.3)
+for _ in range(10):
+    pid = os.fork()
+    if not pid:
+        get(small)
+        os._exit(get(small).status != "revalidated")
+    assert os.waitpid(pid, 0)[1] == 0
+assert busy.is_alive()
+pid = os.fork()
+if not pid:  # the same object, which a thread that is not here was downloading
+    os._exit(get(large).size != 16 << 20)
+assert os.waitpid(pid, 0)[1] == 0
+busy.join()
+print(get(large).status)
+"""
+
+
+@posix
+def test_a_fork_in_the_midst_of_a_download(
+    server: Server, publish: Publish, run_python: Run, cache: Path
+) -> None:
+    large, small = publish(blob(16 * MiB), key="large"), publish(b"x", key="small")
+    server.rate = 5 * MiB
+    done = run_python(FORK_BUSY, cache, large, small, timeout=60)
+    assert done.stdout == "revalidated\n"
+
+
+FORK_LOCK = """
+import SUBJECT as s3c, os, sys, threading, time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+cache, uri = sys.argv[1:]
+def get(uri): return s3c.get_local_path_for_resource(uri, cache_dir=cache)
+busy = threading.Thread(target=get, args=(uri,))
+busy.start()
+time.sleep(0.4)
+pid = os.fork()
+if not pid:
+    time.sleep(60)
+busy.join()
+os.rename(get(uri).path, cache + "/aside")
+began = time.monotonic()
+print(get(uri).status, time.monotonic() - began < 2)
+os.kill(pid, 9)
+os.waitpid(pid, 0)
+"""
+
+
+@posix
+def test_a_forked_child_keeps_no_lock_alive(
+    server: Server, publish: Publish, run_python: Run, cache: Path
+) -> None:
+    uri, server.rate = publish(blob(12 * MiB)), 16 * MiB
+    assert run_python(FORK_LOCK, cache, uri).stdout == "downloaded True\n"
+
+
+POOL = """
+import SUBJECT as s3c, multiprocessing, sys
+from functools import partial
+cache, *uris = sys.argv[1:]
+if __name__ == "__main__":
+    get = partial(s3c.get_local_path_for_resource, cache_dir=cache)
+    get(uris[0])
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        print({one.from_cache for one in pool.map(get, uris)})
+"""
+
+
+@posix
+def test_a_pool_of_forked_processes(publish: Publish, run_python: Run, cache: Path) -> None:
+    uris = [publish(b"x", key=f"k{n}") for n in range(12)]
+    done = run_python(POOL, cache, *uris, flags=("-W", "ignore::DeprecationWarning"))
+    assert eval(done.stdout) == {True, False}
+
+
+# ==== The end of the interpreter ==============================================================
+
+AT_EXIT = """
+import SUBJECT as s3c, atexit, sys
+def late():
+    try: print(s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2]).status)
+    except s3c.S3CacheError as error: print("failed", error)
+atexit.register(late)
+"""
+DEL = """
+import SUBJECT as s3c, sys
+class Late:
+    def __del__(self, get=s3c.get_local_path_for_resource, args=tuple(sys.argv)):
+        try: print(get(args[1], cache_dir=args[2]).status)
+        except BaseException as error: print("failed", type(error).__name__)
+late = Late()
+"""
+LATE_THREAD = """
+import SUBJECT as s3c, sys, threading, time
+def late():
+    time.sleep(0.3)  # the main thread has ended by now
+    print(s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2]).status)
+threading.Thread(target=late).start()
+"""
+DAEMON = """
+import SUBJECT as s3c, sys, threading, time
+get = lambda: s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2])
+threading.Thread(target=get, daemon=True).start()
+time.sleep(0.4)
+print("bye")
+"""
+
+
+@pytest.mark.parametrize("size", [10, 3 * MiB, 20 * MiB])
+@pytest.mark.parametrize("code", [AT_EXIT, LATE_THREAD], ids=["atexit", "a late thread"])
+def test_a_call_at_the_end_returns(
+    code: str, size: int, publish: Publish, run_python: Run, cache: Path
+) -> None:
+    done = run_python(code, publish(blob(size)), cache, timeout=15)
+    assert (done.stdout, done.stderr) == ("downloaded\n", "")
+
+
+def test_a_call_in_a_finalizer_returns_or_fails(
+    publish: Publish, run_python: Run, cache: Path
+) -> None:
+    for size in (10, 20 * MiB):
+        done = run_python(DEL, publish(blob(size)), cache, timeout=15)
+        assert done.stdout.startswith(("downloaded", "failed")), done.stderr
+
+
+@pytest.mark.leftovers
+def test_a_daemon_threads_download_does_not_keep_the_interpreter(
+    server: Server, publish: Publish, run_python: Run, cache: Path
+) -> None:
+    uri, server.rate = publish(blob(64 * MiB)), 100_000
+    began = time.monotonic()
+    assert run_python(DAEMON, uri, cache, timeout=15).stdout == "bye\n"
+    assert time.monotonic() - began < 5
+
+
+GET = """
+import SUBJECT as s3c, sys
+s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2])
+"""
+
+
+@posix
+@pytest.mark.leftovers
+@pytest.mark.parametrize("size", [1000, 3 * MiB, 20 * MiB])
+def test_an_interrupt_ends_a_stalled_download_within_a_second(
+    size: int, server: Server, publish: Publish, spawn: Spawn, cache: Path
+) -> None:
+    uri, server.rate = publish(blob(size)), 100
+    child = spawn(GET, uri, cache)
+    while not server.seen:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    began = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    _, told = child.communicate(timeout=10)
+    assert time.monotonic() - began < 1.5
+    assert "KeyboardInterrupt" in told
+
+
+# ==== Homes, users, directories ===============================================================
+
+WHERE = """
+import SUBJECT as s3c, os, sys
+found = s3c.get_local_path_for_resource(sys.argv[1])
+assert s3c.get_local_path_for_resource(sys.argv[1]).status == "revalidated"
+print(found.path)
+"""
+
+
+@posix
+@pytest.mark.root
+@pytest.mark.parametrize("home", ["", "/", "/nonexistent", "/root"])
+def test_an_arbitrary_user_of_a_container(
+    home: str, publish: Publish, public: Path, as_nobody: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No passwd entry, and a home that is missing or somebody else's."""
+    import tempfile
+
+    uri = publish(b"data")
+    s3c.get_local_path_for_resource(uri, cache_dir=public)  # everything is imported now
+    public.chmod(0o1777)
+    monkeypatch.setattr(tempfile, "tempdir", str(public))
+    monkeypatch.setenv("HOME", home) if home else monkeypatch.delenv("HOME")
+    found = as_nobody(lambda: _as_uid_4711(lambda: s3c.get_local_path_for_resource(uri)))
+    assert str(found.path).startswith(f"{public}/aind-s3-cache-")
+
+
+def _as_uid_4711(function: Callable[[], Any]) -> Any:
+    """What `as_nobody` calls is a user with a passwd entry: pretend that it has none."""
+    import pwd
+
+    def no_entry(uid: int) -> Any:
+        raise KeyError(uid)
+
+    pwd.getpwuid = no_entry
+    return function()
+
+
+@posix
+def test_a_deleted_working_directory(
+    publish: Publish, run_python: Run, cache: Path, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    # In such a place Python 3.13.0 imports no further module of its own: so have them all first.
+    call = "s3c.get_local_path_for_resource(sys.argv[2])"
+    code = f"import SUBJECT as s3c, os, sys; {call}; os.rmdir(os.getcwd())\n" + WHERE
+    uris = publish(b"data"), publish(b"other", key="other")
+    done = run_python(code, *uris, cwd=gone)
+    assert Path(done.stdout.strip()).read_bytes() == b"data"
+
+
+@posix
+def test_a_relative_cache_in_a_deleted_directory_is_one_clear_error(
+    publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(OSError, match=r".") as caught:
+        s3c.get_local_path_for_resource(publish(b"data"), cache_dir="here")
+    assert caught.value.errno == errno.ENOENT
+    os.chdir(tmp_path)
+
+
+READ_ONLY = """
+import SUBJECT as s3c, os, sys
+uri, held, cache = sys.argv[1:]
+try: os.mkdir(cache + "/x")
+except OSError: pass
+else: sys.exit("not read-only")
+print(s3c.get_local_path_for_resource(held, cache_dir=cache).status)
+print(s3c.get_json(held))
+for options in ({}, {"cache_dir": cache}):
+    try: s3c.get_local_path_for_resource(uri, **options)
+    except s3c.CacheError as error: print(error.errno, error)
+"""
+
+
+@pytest.mark.root
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts as Linux does")
+def test_a_read_only_root_file_system(
+    publish: Publish, prelude: str, cache: Path, tmp_path: Path
+) -> None:
+    """All of the machine is read-only, in a mount namespace of the child's own."""
+    held, uri = publish({"a": 1}, key="held.json"), publish(b"new", key="new")
+    s3c.get_local_path_for_resource(held, cache_dir=cache)
+    code, env = prelude + READ_ONLY.replace("SUBJECT", subject_name), dict(os.environ)
+    script = 'for m in $(cut -d" " -f2 /proc/mounts | grep -v -e ^/proc -e ^/sys -e ^/dev$);'
+    script += ' do mount -o remount,bind,ro "$m" 2>/dev/null; done; exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-B", "-c", code]
+    done = subprocess.run(
+        [*command, uri, held, str(cache)], env=env, capture_output=True, text=True, timeout=30
+    )
+    if "not read-only" in done.stderr or "unshare" in done.stderr:
+        pytest.skip(f"this machine cannot make its root read-only: {done.stderr[:80]}")
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["revalidated", "{'a': 1}"], done.stderr
+    assert len(lines) == 4
+    assert lines[3].startswith(f"{errno.EROFS} Cannot use the cache at {cache}")
+
+
+# ==== Packed ==================================================================================
+
+
+def test_a_zipapp_works(publish: Publish, cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "app"
+    source.mkdir()
+    (source / "_s3cache.py").write_bytes(SUBJECT_FILE.read_bytes())
+    main = "import _s3cache, sys\nsys.exit(_s3cache.main(sys.argv[1:]))\n"
+    (source / "__main__.py").write_text(main)
+    zipapp.create_archive(source, tmp_path / "app.pyz")
+    command = [sys.executable, str(tmp_path / "app.pyz"), "get", "--cache-dir", str(cache)]
+    done = subprocess.run([*command, publish(b"data")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).read_bytes() == b"data"
+
+
+def test_an_optimized_interpreter_checks_as_much(
+    publish: Publish, run_python: Run, cache: Path
+) -> None:
+    """`-OO` takes away assert and docstrings."""
+    wrong = publish(blob(9 * MiB), etag=f'"{hashlib.md5(b"other").hexdigest()}"')
+    done = run_python(GET, wrong, cache, flags=("-OO",), check=False)
+    assert "IntegrityError" in done.stderr
+
+
+# ==== A power cut =============================================================================
+
+
+CUT = """
+import SUBJECT as s3c, ctypes, fcntl, os, sys
+uri, disk = sys.argv[1:3]
+there = os.open(disk, os.O_RDONLY)
+os.sync()
+if sys.argv[3] == "after":
+    found = s3c.get_local_path_for_resource(uri, cache_dir=disk)
+    # Once names are on disk, so must be what they stand for. What was written out of order, the
+    # kernel may have written out in any order: here its end first, which gives the file its size.
+    if found.size > 8 << 20:
+        end, page = os.open(found.path, os.O_RDONLY), found.size // 4096 * 4096 - 4096
+        long = ctypes.c_long
+        assert not ctypes.CDLL(None).sync_file_range(end, long(page), long(4096), 7)
+    journal = os.open(disk + "/journal", os.O_CREAT | os.O_WRONLY)
+    os.fsync(journal)
+    fcntl.ioctl(there, 0x8004587D, b"\\2\\0\\0\\0")
+else:
+    def cut(size, left=[int(sys.argv[3])]):
+        left[0] -= size
+        if left[0] < 0: fcntl.ioctl(there, 0x8004587D, b"\\2\\0\\0\\0")
+    try: s3c.get_local_path_for_resource(uri, cache_dir=disk, progress=cut)
+    except s3c.CacheError as error: print(error.errno)
+"""
+
+
+@pytest.mark.root
+@pytest.mark.leftovers
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1000, 3 * MiB, 20 * MiB])
+@pytest.mark.parametrize("when", ["after", 0, 500, 2 * MiB, 12 * MiB])
+def test_a_power_cut_shows_the_old_state_or_the_new(
+    when: Any, size: int, publish: Publish, mount: Any, run_python: Run, tmp_path: Path
+) -> None:
+    image = tmp_path / "image"
+    with open(image, "wb") as file:
+        file.truncate(96 * MiB)
+    if subprocess.run(["mkfs.ext4", "-q", str(image)]).returncode:
+        pytest.skip("this machine makes no ext4")
+    disk = mount("loop,commit=600", "ext4", image)
+    uri = publish(blob(size))
+    done = run_python(CUT, uri, disk, when, check=False)
+    if "Inappropriate ioctl" in done.stderr or "not permitted" in done.stderr:
+        pytest.skip("this kernel does not pull the plug")
+    assert done.returncode == 0, done.stderr
+    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(disk)], check=True)
+    _is_old_or_new(uri, disk, size)
+
+
+def _is_old_or_new(uri: str, disk: Path, size: int) -> None:
+    get = partial(s3c.get_local_path_for_resource, uri, cache_dir=disk)
+    try:
+        assert get(offline=True).path.read_bytes() == blob(size)
+    except s3c.OfflineError:
+        pass
+    assert get().path.read_bytes() == blob(size)

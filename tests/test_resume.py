@@ -1,0 +1,482 @@
+"""Crash resume by adopt-by-copy: what a killed download left is used, and nothing wrong ever is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from conftest import NOBODY, Spawn
+from server import RESET, Server
+from subject import s3c
+
+MiB = 1 << 20
+DAY = 86400.0
+SIZE = 32 * MiB
+Publish = Callable[..., str]
+Get = Callable[..., Any]
+
+pytestmark = [
+    pytest.mark.leftovers,
+    pytest.mark.skipif(os.name != "posix", reason="kills processes by signal"),
+]
+
+
+def blob(size: int, seed: int = 0) -> bytes:
+    block = b"".join(hashlib.sha256(b"%d %d" % (seed, i)).digest() for i in range(8191))
+    return (block * (size // len(block) + 1))[:size]
+
+
+DATA, OTHER = blob(SIZE), blob(SIZE, 1)
+
+CHILD = """
+import SUBJECT as s3c, sys
+s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2])
+"""
+
+
+def parts(cache: Path) -> Path:
+    return cache / "aind-s3-cache" / "partial"
+
+
+def logged(cache: Path) -> int:
+    """How many chunks (of 1 MiB) are noted as done."""
+    return sum(log.read_bytes().count(b"\n") for log in parts(cache).glob("*.log"))
+
+
+@pytest.fixture(scope="module")
+def lasting_server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture
+def server(lasting_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """One server for all tests: an orphan belongs to its endpoint, and is made only once."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", lasting_server.url)
+    yield lasting_server
+    lasting_server.before, lasting_server.ignore_if_match = None, False
+    lasting_server.always(None).reset()
+
+
+@pytest.fixture
+def kill(spawn: Spawn, server: Server, cache: Path) -> Callable[..., Path]:
+    """`kill(uri, size)`: the data file of a download that is killed half way; counts from zero."""
+
+    def kill(uri: str, size: int = SIZE, number: int = signal.SIGKILL) -> Path:
+        server.rate = size // 8
+        child = spawn(CHILD, uri, cache)
+        while logged(cache) < size // MiB // 2:
+            assert child.poll() is None, child.communicate()
+            time.sleep(0.002)
+        child.send_signal(number)
+        child.wait(10)
+        server.rate = None
+        sent = -1
+        while sent != server.bytes_sent:  # what is on its way to the dead is not to be counted
+            sent = server.bytes_sent
+            time.sleep(0.05)
+        server.reset()
+        (data,) = parts(cache).glob("*.data")
+        return data
+
+    return kill
+
+
+@pytest.fixture(scope="module")
+def orphans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("orphans")
+
+
+@pytest.fixture
+def leave(kill: Any, server: Server, cache: Path, orphans: Path) -> Callable[[str], Path]:
+    """`leave(uri)`: what `kill` left of DATA, from the first test that needed it."""
+
+    def leave(uri: str) -> Path:
+        kept = orphans / "of-data"
+        if not kept.exists():
+            kill(uri)
+            shutil.copytree(cache, kept)
+        elif not cache.exists():
+            shutil.copytree(kept, cache)
+        server.reset()
+        (data,) = parts(cache).glob("*.data")
+        return data
+
+    return leave
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3c, "_PEER_PATIENCE", 0.2)
+
+
+def edit(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.chmod(0o600)
+    path.write_bytes(change(path.read_bytes()))
+
+
+def with_log(data: Path) -> Path:
+    return data.with_suffix(".log")
+
+
+# ==== After kill -9 ===========================================================================
+
+
+@pytest.mark.slow
+def test_kill_9_at_half_of_256_mib(kill: Any, server: Server, publish: Publish, get: Get) -> None:
+    size = 256 * MiB
+    uri = publish(blob(size))
+    kill(uri, size)
+    found = get(uri)
+    assert found.status == "downloaded"
+    assert found.path.read_bytes() == blob(size)
+    assert server.bytes_sent <= 0.6 * size
+
+
+def test_a_killed_download_is_taken_up(
+    leave: Any, server: Server, publish: Publish, get: Get, cache: Path
+) -> None:
+    uri = publish(DATA)
+    leave(uri)
+    assert get(uri).path.read_bytes() == DATA
+    assert server.bytes_sent <= 0.6 * SIZE
+    assert list(parts(cache).iterdir()) == []
+
+
+def test_what_is_fetched_later_is_pinned_to_the_version(
+    leave: Any, server: Server, publish: Publish, get: Get
+) -> None:
+    uri = publish(DATA)
+    leave(uri)
+    etag = get(uri).etag
+    later = [r for r in server.seen if not r.headers["range"].startswith("bytes=0-")]
+    assert {request.headers.get("if-match") for request in later} == {etag}
+
+
+def test_it_may_be_killed_again_and_again(
+    leave: Any, server: Server, publish: Publish, get: Get, cache: Path
+) -> None:
+    """Each attempt adopts what the one before it left, and adds to it."""
+    uri = publish(DATA)
+    leave(uri)
+    for data in parts(cache).glob("*.data"):
+        for path in (data, with_log(data)):
+            shutil.copy(path, path.with_name(path.name.replace(path.name.split(".")[2], "f" * 16)))
+    assert get(uri).path.read_bytes() == DATA
+    assert server.bytes_sent <= 0.6 * SIZE
+
+
+def test_verified_progress_counts_only_what_is_received(
+    leave: Any, server: Server, publish: Publish, get: Get
+) -> None:
+    counts: list[int] = []
+    uri = publish(DATA)
+    leave(uri)
+    get(uri, progress=counts.append)
+    assert sum(counts) <= 0.6 * SIZE
+
+
+# ==== What must not be adopted ================================================================
+
+
+def _flip(at: int) -> Callable[[bytes], bytes]:
+    return lambda data: data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def _first_logged(data: Path) -> int:
+    return int(with_log(data).read_bytes().split()[0], 16) * MiB
+
+
+def test_a_flipped_bit_in_the_orphan(
+    leave: Any, server: Server, publish: Publish, get: Get
+) -> None:
+    uri = publish(DATA)
+    data = leave(uri)
+    edit(data, _flip(_first_logged(data) + 4711))
+    assert get(uri).path.read_bytes() == DATA
+    assert server.bytes_sent <= 0.65 * SIZE
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_256_mib(kill: Any, server: Server, publish: Publish, get: Get) -> None:
+    size = 256 * MiB
+    uri = publish(blob(size))
+    data = kill(uri, size)
+    edit(data, _flip(_first_logged(data)))
+    assert get(uri).path.read_bytes() == blob(size)
+    assert server.bytes_sent <= 0.6 * size
+
+
+TORN: dict[str, Callable[[bytes], bytes]] = {
+    "cut in a line": lambda log: log[:-3],
+    "a line without its end": lambda log: log + b"1f 0000",
+    "no line at all": lambda log: b"",
+    "zeros, as after a power cut": lambda log: b"\0" * len(log),
+    "zeros at the end": lambda log: log[:20] + b"\0" * (len(log) - 20),
+    "noise": lambda log: log + bytes(range(256)),
+    "numbers out of range": lambda log: log + b"-1 00000000\nffffffff 00000000\n20 00000000\n",
+    "short and long sums": lambda log: log + b"1 0\n2 00000000ff\n3\n4 5 6\n\n \n",
+    "wrong sums": lambda log: b"".join(b"%x 12345678\n" % i for i in range(32)),
+    "wrong sums after right ones": lambda log: (
+        log + b"".join(b"%x 0000abcd\n" % i for i in range(32))
+    ),
+    "chunks swapped": lambda log: log.replace(b"0 ", b"1 ", 1),
+    "not of this world": lambda log: "\u0661 \u0662\n".encode() + b"\xff\xfe 00000000\n" + log,
+}
+
+
+@pytest.mark.parametrize("tear", TORN)
+def test_a_torn_log_costs_traffic_only(
+    tear: str, leave: Any, server: Server, publish: Publish, get: Get
+) -> None:
+    uri = publish(DATA)
+    edit(with_log(leave(uri)), TORN[tear])
+    assert get(uri).path.read_bytes() == DATA
+    assert server.bytes_sent <= SIZE
+
+
+def _to_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _to_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _to_link(path: Path) -> None:
+    path.rename(f"{path}.x")
+    path.symlink_to(f"{path}.x")
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda data: edit(data, lambda _: b""),
+    "cut": lambda data: edit(data, lambda all_: all_[: len(all_) // 3]),
+    "zeros of the right size": lambda data: edit(data, lambda all_: bytes(len(all_))),
+    "gone": Path.unlink,
+    "without its log": lambda data: with_log(data).unlink(),
+    "a FIFO": _to_fifo,
+    "with a FIFO for a log": lambda data: _to_fifo(with_log(data)),
+    "a directory": _to_directory,
+    "a symlink": _to_link,
+    "unreadable": lambda data: data.chmod(0),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_orphan_costs_traffic_only(
+    damage: str, leave: Any, server: Server, publish: Publish, get: Get
+) -> None:
+    uri = publish(DATA)
+    DAMAGE[damage](leave(uri))
+    assert get(uri).path.read_bytes() == DATA
+    assert server.bytes_sent <= SIZE
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("ending", [".data", ".log"])
+def test_another_users_partial_file_is_not_trusted(
+    ending: str, leave: Any, server: Server, publish: Publish, get: Get
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("to give a file to another user needs root")
+    uri = publish(DATA)
+    os.chown(leave(uri).with_suffix(ending), NOBODY, NOBODY)
+    assert get(uri).path.read_bytes() == DATA
+    assert server.bytes_sent == SIZE
+
+
+def test_another_version_of_the_same_size_is_not_mixed_in(
+    leave: Any, server: Server, publish: Publish, get: Get
+) -> None:
+    leave(publish(DATA))
+    assert get(publish(OTHER)).path.read_bytes() == OTHER
+    assert server.bytes_sent == SIZE
+
+
+def test_another_endpoint_is_another_object(
+    kill: Any, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same ETag means nothing there."""
+    kill(publish(DATA, etag='"same"'))
+    with Server() as other:
+        other.put("aind-open-data", "data.json", OTHER, etag='"same"')
+        monkeypatch.setenv("AWS_ENDPOINT_URL", other.url)
+        assert get("s3://aind-open-data/data.json").path.read_bytes() == OTHER
+
+
+# ==== The object changes ======================================================================
+
+
+def test_a_change_in_mid_download_drops_what_is_there(
+    server: Server, publish: Publish, get: Get, cache: Path
+) -> None:
+    uri = publish(DATA)
+
+    def change(_: Any) -> None:
+        if len(server.seen) == 4:
+            publish(OTHER)
+
+    server.before = change
+    found = get(uri)
+    assert found.path.read_bytes() == OTHER
+    assert list(parts(cache).iterdir()) == []
+
+
+def test_a_change_that_the_server_does_not_mind_is_seen(
+    server: Server, publish: Publish, get: Get, cache: Path
+) -> None:
+    """If-Match ignored: every answer's ETag is compared."""
+    uri, server.ignore_if_match = publish(DATA), True
+
+    def change(_: Any) -> None:
+        if len(server.seen) == 4:
+            publish(OTHER)
+
+    server.before = change
+    assert get(uri).path.read_bytes() == OTHER
+    assert list(parts(cache).iterdir()) == []
+
+
+# ==== When partial files stay, and when they go ===============================================
+
+
+@pytest.fixture
+def break_off(server: Server, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    """The server answers a few ranges, then resets every connection."""
+    monkeypatch.setattr(s3c, "_RETRIES", 2)
+
+    def before(request: Any) -> None:
+        if len(server.seen) > 8:
+            server.always(raw=[RESET])
+
+    server.before = before
+
+
+def test_a_failed_transfer_keeps_one_partial_file(
+    break_off: None, server: Server, publish: Publish, get: Get, cache: Path
+) -> None:
+    uri = publish(DATA)
+    with pytest.raises(s3c.TransferError):
+        get(uri)
+    assert sorted(path.suffix for path in parts(cache).iterdir()) == [".data", ".log"]
+    kept, server.before = logged(cache) * MiB, None
+    server.always(None).reset()
+    assert get(uri).path.read_bytes() == DATA
+    assert 0 < server.bytes_sent <= SIZE - kept + 8 * MiB
+    assert list(parts(cache).iterdir()) == []
+
+
+def test_a_server_that_fails_for_a_while_leaves_no_copies(
+    server: Server, publish: Publish, get: Get, cache: Path, quick: None
+) -> None:
+    """Each attempt of one call goes on with what the last one has."""
+    uri = publish(DATA)
+    most: list[int] = []
+
+    def before(request: Any) -> tuple[Any, ...] | None:
+        most.append(len(list(parts(cache).glob("*.data"))) if parts(cache).exists() else 0)
+        return (200, b"", {}, (RESET,)) if len(server.seen) % 5 else None
+
+    server.before = before
+    assert get(uri).path.read_bytes() == DATA
+    assert max(most) <= 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_the_partial_file(
+    number: int, kill: Any, server: Server, publish: Publish, get: Get
+) -> None:
+    uri = publish(DATA)
+    kill(uri, number=number)
+    assert get(uri).path.read_bytes() == DATA
+    assert server.bytes_sent <= 0.6 * SIZE
+
+
+class Odd(Exception):
+    pass
+
+
+def _fail(_: int) -> None:
+    raise Odd
+
+
+def test_a_callback_that_fails_leaves_nothing(publish: Publish, get: Get, cache: Path) -> None:
+    with pytest.raises(Odd):
+        get(publish(DATA), progress=_fail)
+    assert list(parts(cache).iterdir()) == []
+
+
+def test_a_wrong_checksum_leaves_nothing(publish: Publish, get: Get, cache: Path) -> None:
+    md5 = hashlib.md5(OTHER).hexdigest()
+    with pytest.raises(s3c.IntegrityError):
+        get(publish(DATA, etag=f'"{md5}"'))
+    assert list(parts(cache).iterdir()) == []
+
+
+def test_a_vanished_object_leaves_nothing(
+    server: Server, publish: Publish, get: Get, cache: Path
+) -> None:
+    uri = publish(DATA)
+
+    def vanish(_: Any) -> None:
+        if len(server.seen) == 4:
+            server.delete("aind-open-data", "data.json")
+
+    server.before = vanish
+    with pytest.raises(s3c.NotFoundError):
+        get(uri)
+    assert list(parts(cache).iterdir()) == []
+
+
+# ==== Orphans =================================================================================
+
+
+@pytest.mark.parametrize(("days", "stays"), [(6, True), (8, False)])
+def test_orphans_are_collected_by_age(
+    days: int, stays: bool, leave: Any, publish: Publish, cache: Path
+) -> None:
+    data = leave(publish(DATA))
+    for path in (data, with_log(data)):
+        os.utime(path, (time.time() - days * DAY,) * 2)
+    manager = s3c.CacheManager(cache)
+    assert [entry.kind for entry in manager.entries()] == ["partial"]
+    manager.prune()
+    assert data.exists() is with_log(data).exists() is stays
+
+
+def test_a_partial_file_that_grows_is_no_orphan(leave: Any, publish: Publish, cache: Path) -> None:
+    data = leave(publish(DATA))
+    os.utime(data, (1, 1))
+    s3c.CacheManager(cache).prune(max_age_days=0, max_size_bytes=0)
+    assert data.exists()
+
+
+def test_a_partial_file_is_never_served(leave: Any, publish: Publish, get: Get) -> None:
+    uri = publish(DATA)
+    leave(uri)
+    with pytest.raises(s3c.OfflineError):
+        get(uri, offline=True)
+
+
+def test_a_download_outlives_the_removal_of_its_files(
+    server: Server, publish: Publish, get: Get, cache: Path
+) -> None:
+    """A peer's `clear`, a cleaner of old files: the bytes are fetched again, if need be."""
+    uri = publish(DATA)
+
+    def clear(_: Any) -> None:
+        if len(server.seen) == 8:
+            s3c.CacheManager(cache).clear()
+
+    server.before = clear
+    assert get(uri).path.read_bytes() == DATA
