@@ -1181,22 +1181,40 @@ def _first_env(*names: str) -> str:
 
 
 class _Env:
-    """What one call found in the environment: a batch reads it once, not for every object."""
+    """What one call, or one batch, finds in the environment; looked up when first needed."""
 
-    __slots__ = ("ca", "endpoint", "proxied", "region")
+    __slots__ = ("_ca", "_proxied", "_region", "endpoint")
 
     def __init__(self) -> None:
+        self._ca: tuple[str, str, str] | None = None
+        self._region: str | None = None
+        self._proxied: dict[str, bool] = {}
         ignored = os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true"
         url = "" if ignored else _first_env("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
         self.endpoint = url.rstrip("/")
-        region = _first_env("AWS_REGION", "AWS_DEFAULT_REGION")
-        self.region = region if _is_region(region) else ""
-        bundle = _first_env("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
-        self.ca = bundle, os.environ.get("SSL_CERT_FILE", ""), os.environ.get("SSL_CERT_DIR", "")
-        names = [f"{scheme}_proxy" for scheme in ("http", "https", "all")]
-        self.proxied = sys.platform in ("darwin", "win32") or bool(
-            _first_env(*names, *map(str.upper, names))
-        )
+
+    @property
+    def region(self) -> str:
+        if self._region is None:
+            region = _first_env("AWS_REGION", "AWS_DEFAULT_REGION")
+            self._region = region if _is_region(region) else ""
+        return self._region
+
+    @property
+    def ca(self) -> tuple[str, str, str]:
+        """What decides whom TLS trusts."""
+        if self._ca is None:
+            files = _first_env("SSL_CERT_FILE"), _first_env("SSL_CERT_DIR")
+            self._ca = _first_env("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"), *files
+        return self._ca
+
+    def proxied(self, scheme: str) -> bool:
+        """Tell whether it is worth asking urllib for a proxy."""
+        if scheme not in self._proxied:
+            names = f"{scheme}_proxy", f"{scheme.upper()}_PROXY", "all_proxy", "ALL_PROXY"
+            elsewhere = sys.platform in ("darwin", "win32")  # settings of the system
+            self._proxied[scheme] = elsewhere or bool(_first_env(*names))
+        return self._proxied[scheme]
 
 
 @lru_cache(maxsize=8)
@@ -1272,9 +1290,7 @@ def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None
         raise TransferError(f"Proxy {proxy} refuses a tunnel", status=status, retry=kind)
 
 
-def _connect(
-    place: _Place, proxy: _Place | None, key: tuple[Any, ...], ca: tuple[str, str, str]
-) -> _Connection:
+def _connect(place: _Place, proxy: _Place | None, key: tuple[Any, ...], env: _Env) -> _Connection:
     """Open a connection, through a proxy and TLS where needed."""
     deadline = time.monotonic() + _CONNECT_TOTAL
     try:
@@ -1287,7 +1303,7 @@ def _connect(
                 _tunnel(sock, place, proxy, deadline)
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             # Without close_notify a cut connection looks like an end: ragged ends are errors.
-            sock = _tls_context(ca).wrap_socket(
+            sock = _tls_context(env.ca).wrap_socket(
                 sock, server_hostname=place.origin[1], suppress_ragged_eofs=False
             )
         sock.settimeout(_STALL_TIMEOUT)
@@ -1476,7 +1492,7 @@ def _request(
     """
     key: tuple[Any, ...] = ()
     try:
-        proxy = _proxy(place.origin) if env.proxied else None
+        proxy = _proxy(place.origin) if env.proxied(place.origin[0]) else None
         target, login = place.target, place.auth and f"Authorization: {place.auth}\r\n"
         if proxy and place.origin[0] == "http":
             target = f"http://{place.netloc}{target}"
@@ -1491,7 +1507,7 @@ def _request(
         ).encode("latin-1")
         connection = _POOL.take(key)
         while True:
-            connection = connection or _connect(place, proxy, key, env.ca)
+            connection = connection or _connect(place, proxy, key, env)
             reused, connection.switch = connection.reused, switch
             try:
                 if switch:
@@ -1652,6 +1668,7 @@ class _Source:
     uri = ""
     name = ""  # the object's own name, to be cleaned before it names a file
     bucket = ""
+    version: str | None = None
     place_id: tuple[str, ...] = ()  # everything that makes it this object and no other
 
     def read(
@@ -2609,9 +2626,12 @@ class _Store:
         self.root = os.path.join(cache_dir, "aind-s3-cache")
         folders = (self.root + os.sep + name for name in ("objects", "partial", "trees", "locks"))
         self.objects, self.partial, self.trees, self.locks = folders
+        self._found = False  # looked at once for each call
 
     def exists(self) -> bool:
         """Tell whether the root is there; refuse it where others could have planted it."""
+        if self._found:
+            return True
         try:
             found = os.stat(self.root)
         except (FileNotFoundError, NotADirectoryError):
@@ -2622,10 +2642,12 @@ class _Store:
             if _others_write(self.cache_dir):
                 _guard(self.root, self.root)
             _KNOWN_ROOTS[self.root] = found.st_dev, found.st_ino
-        return stat.S_ISDIR(found.st_mode)
+        self._found = stat.S_ISDIR(found.st_mode)
+        return self._found
 
     def make(self, directory: str) -> None:
         """Make a directory of ours and what it needs above it."""
+        self._found = False  # a peer may have cleared the cache
         if not self.exists():
             os.makedirs(self.cache_dir, exist_ok=True)
             try:
@@ -4565,7 +4587,8 @@ def _is_whole_tree(path: str, names: list[str], keys: list[_Key]) -> bool:
 class _Tree:
     """An S3 prefix as a local directory: an immutable snapshot of what one listing said."""
 
-    def __init__(self, source: _S3, opt: _Options) -> None:
+    def __init__(self, source: _Source, opt: _Options) -> None:
+        assert isinstance(source, _S3)
         self.source, self.opt, self.store = source, opt, opt.store
         self.prefix = source.key if source.key.endswith("/") else source.key + "/"
         self.id = _digest(*source.place_id[:3], self.prefix, "tree")[:20]
@@ -4713,10 +4736,13 @@ class _Tree:
         _remove_tree(old)
 
 
+def _may_be_tree(source: _Source) -> bool:
+    return source.kind == "s3" and not source.version
+
+
 def _cached(source: _Source, opt: _Options) -> LocalizedResource:
     """Return one object from the cache, from the server, or from whichever of the two can."""
     store, ident = opt.store, _ident(source)
-    tree = _Tree(source, opt) if isinstance(source, _S3) and not source.version else None
     # 1. What we hold. Private entries are for whoever asks with credentials, or for callers who
     #    do not insist on going without.
     entries = store.find(ident, source.signed or opt.access.anonymous is not True)
@@ -4725,8 +4751,8 @@ def _cached(source: _Source, opt: _Options) -> LocalizedResource:
         if _is_fresh(opt, store.validated(entry)):
             store.used(entry.path, entry.stamp)
             return _held(source, entry, "fresh")
-    if not entries and tree and (opt.offline or opt.max_age > 0):
-        found = tree.held()
+    if not entries and (opt.offline or opt.max_age > 0) and _may_be_tree(source):
+        found = _Tree(source, opt).held()
         if found:
             return found
     if opt.offline:
@@ -4746,8 +4772,8 @@ def _cached(source: _Source, opt: _Options) -> LocalizedResource:
                 held = store.find(ident, source.signed)
             return _Fetch(source, opt, ident).run(held)
     except TransferError as error:
-        if not held and tree:
-            return tree.stale(error)
+        if not held and _may_be_tree(source):
+            return _Tree(source, opt).stale(error)
         if not held or not _may_be_stale(opt, error):
             raise
         _warn("serving a stale copy of %s: %s", source.uri, error)
@@ -4786,7 +4812,6 @@ def _localize(text: str, opt: _Options) -> LocalizedResource:
         missing = None
 
     def tree(source: _Source) -> LocalizedResource:
-        assert isinstance(source, _S3)
         return _Tree(source, opt).localize()
 
     try:
