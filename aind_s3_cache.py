@@ -93,6 +93,8 @@ if TYPE_CHECKING:
     from socket import socket as Socket
     from typing import Any, Protocol, TypeVar, Union
 
+    from typing_extensions import Self
+
     T = TypeVar("T")
     StrPath = Union[str, os.PathLike[str]]
     Progress = Union[bool, None, Callable[[int], object]]
@@ -101,7 +103,7 @@ if TYPE_CHECKING:
     class Reader(Protocol):
         """What a transfer reads from."""
 
-        def readinto(self, view: memoryview) -> int: ...
+        def readinto(self, view: memoryview, /) -> int: ...
         def close(self) -> None: ...
 
     class _ChunkFile(Protocol):
@@ -227,9 +229,9 @@ class S3CacheError(Exception):
 
     def __new__(  # noqa: D102
         cls, message: str, *, status: int | None = None, code: str | None = None, **_: object
-    ) -> S3CacheError:
+    ) -> Self:
         foreign = cls._also(status, code)
-        made: S3CacheError = super().__new__(_mixed(cls, foreign) if foreign else cls, message)
+        made: Self = super().__new__(_mixed(cls, foreign) if foreign else cls, message)
         return made
 
     def __init__(
@@ -933,7 +935,9 @@ class _Answer:
             status = 206
         self.status, self.headers, self.body = status, headers, body
         self.etag = _etag(headers)
-        self.start, self.stop, self.total = 0, None, None  # type: int, int | None, int | None
+        self.start = 0
+        self.stop: int | None = None
+        self.total: int | None = None
         if status == 206:
             span = _content_range(headers)
             if span is None:
@@ -2046,8 +2050,8 @@ def _own_client(required: bool, endpoint: str) -> Any:
         if env in _CLIENTS:
             return _CLIENTS[env]
         try:
-            import boto3.session
-            from botocore.config import Config
+            import boto3.session  # pyright: ignore[reportMissingImports]
+            from botocore.config import Config  # pyright: ignore[reportMissingImports]
         except ImportError:
             if not required:
                 return None
@@ -3444,13 +3448,12 @@ def _fallback_dir() -> str:
     import tempfile
 
     uid = os.geteuid() if hasattr(os, "geteuid") else 0
-    try:
+    with _Disk("the temp directory"):
         path = os.path.join(tempfile.gettempdir(), f"aind-s3-cache-{uid}")
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise _disk_error(error, "the temp directory") from None
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
     _guard(path, path)
     return path
 
@@ -5421,8 +5424,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 for a known error, said in one line on stderr; 2 for wrong usage; 130 for Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # paths may hold any bytes, documents any text
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure:  # paths may hold any bytes, documents any text
+            reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         args = _parser().parse_args(argv)
         code: int = args.act(args)

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import assert_type
+
 from aind_s3_cache import (
     AccessDeniedError,
     CacheError,
@@ -34,7 +36,6 @@ from aind_s3_cache import (
     main,
     parse_s3_uri,
 )
-from typing_extensions import assert_type
 
 URI = "s3://aind-open-data/a/metadata.json"
 

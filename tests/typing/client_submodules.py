@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from typing_extensions import assert_type
+
 from aind_s3_cache.json_utils import get_json, get_json_s3, get_json_s3_uri, get_json_url
 from aind_s3_cache.s3_cache import CacheManager, LocalizedResource, get_local_path_for_resource
 from aind_s3_cache.uri_utils import as_pathlike, as_string, is_url, join_any, parse_s3_uri
-from typing_extensions import assert_type
 
 assert_type(get_json("a.json"), dict[str, Any])
 assert_type(get_json_s3("bucket", "key"), dict[str, Any])
