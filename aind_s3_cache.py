@@ -40,6 +40,7 @@ Environment, read at call time: ``AIND_S3_CACHE_DIR``, ``AIND_S3_CACHE_OFFLINE``
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 import sys
@@ -93,9 +94,8 @@ if TYPE_CHECKING:
     from socket import socket as Socket
     from typing import Any, Protocol, TypeVar, Union
 
-    from typing_extensions import Self
-
     T = TypeVar("T")
+    E = TypeVar("E", bound="S3CacheError")
     StrPath = Union[str, os.PathLike[str]]
     Progress = Union[bool, None, Callable[[int], object]]
     Origin = tuple[str, str, int]
@@ -149,7 +149,7 @@ _RETRY_TOKENS = 500  # per process, 5 a retry, 1 back per success: ends storms, 
 
 _WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
 _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
-_BATCH_WORKERS = 3  # two or three are best for small objects on a fast server [measured]
+_BATCH_WORKERS = 2  # to begin with: more only fight for the interpreter on a fast server
 _BATCH_LIMIT = 32  # where the network is what a batch waits for
 _CHANGES = 3  # times an object may change under a download before we say so
 _PEER_PATIENCE = 5.0  # seconds a peer's download may stand still before we no longer wait for it
@@ -228,10 +228,15 @@ class S3CacheError(Exception):
     _errno: int | None = None
 
     def __new__(  # noqa: D102
-        cls, message: str, *, status: int | None = None, code: str | None = None, **_: object
-    ) -> Self:
+        cls: type[E],
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        **_: object,
+    ) -> E:
         foreign = cls._also(status, code)
-        made: Self = super().__new__(_mixed(cls, foreign) if foreign else cls, message)
+        made: E = super().__new__(_mixed(cls, foreign) if foreign else cls, message)
         return made
 
     def __init__(
@@ -752,6 +757,7 @@ def _content_range(headers: dict[str, str]) -> tuple[int, int, int] | None:
 def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     """Return status, headers by lower-case name, and whether the peer speaks HTTP/1.1."""
     lines = head.decode("latin-1").split("\r\n")
+    clean = "".join(lines).isprintable()
     version, _, rest = lines[0].partition(" ")
     status = _digits(rest[:3])
     if version not in ("HTTP/1.1", "HTTP/1.0") or not status or len(rest.split(" ")[0]) != 3:
@@ -761,7 +767,7 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
         name, colon, value = line.partition(":")
         # Folded lines and spaces before the colon smuggle headers (RFC 9112, 5.1 and 5.2); a lone
         # CR, LF or NUL in a value would do so when we send an ETag back.
-        if not colon or not name or name != name.strip() or not _clean(value):
+        if not colon or not name or name != name.strip() or not (clean or _clean(value)):
             raise TransferError(f"Malformed answer: header {_printable(line[:80])!r}")
         name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -1167,7 +1173,7 @@ class _Pool:
         """Close, in the child, every socket of the parent; not shut down: the parent uses them."""
         for connection in self._all:
             connection.sock.close()
-        self.__init__()  # type: ignore[misc]
+        self.__init__()
 
 
 _POOL = _Pool()
@@ -2115,10 +2121,11 @@ class _Access:
             client = _own_client(True, self.env.endpoint) if self.client is None else self.client
             yield _Signed(client, bucket, key, version)
             return
-        where = self.env.endpoint, bucket
-        if self.anonymous or where not in _SIGNED_BUCKETS:
+        known = (self.env.endpoint, bucket) in _SIGNED_BUCKETS
+        client = _own_client(False, self.env.endpoint) if known and not self.anonymous else None
+        if client is None:
             yield _Unsigned(bucket, key, version, self.env)
-        client = None if self.anonymous else _own_client(False, self.env.endpoint)
+            client = None if self.anonymous else _own_client(False, self.env.endpoint)
         if client is not None:
             yield _Signed(client, bucket, key, version)
 
@@ -2135,7 +2142,8 @@ class _Access:
                     raise
                 source = following
             else:
-                if source.signed and target.kind == "s3" and self.anonymous is None:
+                chain = self.anonymous is None and self.client is None
+                if chain and source.signed and target.kind == "s3":
                     _SIGNED_BUCKETS.add((self.env.endpoint, target.bucket))
                 return result
 
@@ -2433,8 +2441,17 @@ def _disk_error(error: OSError, path: str, need: int = 0) -> CacheError:
     return CacheError(message, errno=number, hint=hint or None)
 
 
-def _random() -> str:
+_SERIAL = itertools.count()
+
+
+@lru_cache(maxsize=1)
+def _process_id() -> str:
     return os.urandom(8).hex()
+
+
+def _random() -> str:
+    """Return a name that no other process, thread or host makes."""
+    return f"{_process_id()}{next(_SERIAL):x}"
 
 
 def _tail(name: str, room: int) -> str:
@@ -2631,6 +2648,7 @@ class _Store:
         folders = (self.root + os.sep + name for name in ("objects", "partial", "trees", "locks"))
         self.objects, self.partial, self.trees, self.locks = folders
         self._found = False  # looked at once for each call
+        self._looked, self._recent = -1.0, False
 
     def exists(self) -> bool:
         """Tell whether the root is there; refuse it where others could have planted it."""
@@ -2790,11 +2808,12 @@ class _Store:
         return total
 
     def recently_partial(self) -> bool:
-        """Tell, for one system call, whether anybody may be downloading something large."""
-        try:
-            return time.time() - os.stat(self.partial).st_mtime < 600
-        except OSError:
-            return False
+        """Tell, for a system call a second, whether anybody may be downloading something large."""
+        now = time.monotonic()
+        if now - self._looked > 1.0:
+            self._looked = now
+            self._recent = time.time() - _newest(self.partial) < 600
+        return self._recent
 
 
 def _newest(*paths: str) -> float:
@@ -4003,6 +4022,7 @@ def _after_fork() -> None:
     _FLIGHTS_LOCK, _CLIENT_LOCK = threading.Lock(), threading.Lock()
     _FLIGHTS.clear()
     _CLIENTS.clear()
+    _process_id.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):
