@@ -1173,7 +1173,7 @@ class _Pool:
         """Close, in the child, every socket of the parent; not shut down: the parent uses them."""
         for connection in self._all:
             connection.sock.close()
-        self.__init__()
+        self._lock, self._idle, self._all = threading.Lock(), [], set()
 
 
 _POOL = _Pool()

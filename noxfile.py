@@ -25,6 +25,8 @@ HERE = Path(__file__).resolve().parent
 MODULE = HERE / "aind_s3_cache.py"
 PROJECT = nox.project.load_toml(HERE / "pyproject.toml")
 
+PYTEST = ("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal")  # a process per core
+
 nox.needs_version = ">=2025.2"
 nox.options.sessions = ["demo", "lint", "types", "tests", "tests_boto3"]
 nox.options.error_on_missing_interpreters = False  # in CI too: nobody has all six
@@ -83,14 +85,14 @@ def tests(session: nox.Session) -> None:
     """Test without boto3 on every Python found; the slow tests on the one that runs nox."""
     _install(session, "test")
     slow = [] if session.python == THIS else ["-m", "not slow"]
-    session.run("python", "-m", "pytest", *slow, *session.posargs)
+    session.run(*PYTEST, *slow, *session.posargs)
 
 
 @nox.session
 def tests_boto3(session: nox.Session) -> None:
     """Test with boto3, against moto and rclone as well."""
     _install(session, "boto3")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run(*PYTEST, *session.posargs)
 
 
 @nox.session
@@ -125,7 +127,7 @@ def coverage(session: nox.Session) -> None:
     """Measure which lines and branches the tests reach, subprocesses included."""
     _install(session, "coverage")
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "run", *PYTEST[1:], *session.posargs)
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report")
 
@@ -141,7 +143,15 @@ def vendored(session: nox.Session) -> None:
         (folder / "__init__.py").touch()
     shutil.copyfile(MODULE, package / "s3c.py")
     env = {"PYTHONPATH": str(root), "S3C_SUBJECT": "some_package._vendor.s3c"}
-    session.run("python", "-m", "pytest", *session.posargs, env=env)
+    session.run(*PYTEST, *session.posargs, env=env)
+
+
+@nox.session
+def ways(session: nox.Session) -> None:
+    """Run the file by uv and pipx, and in a container with only a Python (that needs root)."""
+    _install(session, "test")
+    session.install("pipx>=1.7", "uv>=0.5")
+    session.run("python", "-m", "pytest", *(session.posargs or ["tests/test_ways.py"]))
 
 
 @nox.session
