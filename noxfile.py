@@ -151,7 +151,8 @@ def ways(session: nox.Session) -> None:
     """Run the file by uv and pipx, and in a container with only a Python (that needs root)."""
     _install(session, "test")
     session.install("pipx>=1.7", "uv>=0.5")
-    session.run("python", "-m", "pytest", *(session.posargs or ["tests/test_ways.py"]))
+    files = ["tests/test_ways.py", "tests/test_readme.py"]
+    session.run("python", "-m", "pytest", *(session.posargs or files))
 
 
 @nox.session

@@ -32,7 +32,9 @@ NAME = "aind_s3_cache.py"
 
 def run(command: list[str], env: dict[str, str], **options: Any) -> str:
     """Standard output of a command that must succeed."""
-    done = subprocess.run(command, env=env, capture_output=True, timeout=60, **options)
+    done: subprocess.CompletedProcess[bytes] = subprocess.run(
+        command, env=env, capture_output=True, timeout=60, **options
+    )
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     return done.stdout.decode()
 
