@@ -151,6 +151,7 @@ _WORKERS_START = 2  # two saturate a fast server; more only fight for the interp
 _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
 _BATCH_WORKERS = 2  # to begin with: more only fight for the interpreter on a fast server
 _BATCH_LIMIT = 32  # where the network is what a batch waits for
+_TURN_WAIT = 0.02  # seconds: a hundred short turns; on a slow file system a turn takes longer
 _CHANGES = 3  # times an object may change under a download before we say so
 _PEER_PATIENCE = 5.0  # seconds a peer's download may stand still before we no longer wait for it
 
@@ -1023,6 +1024,40 @@ class _Stop:
             what.stop()
 
 
+class _Turn:
+    """Lets threads do their short work one at a time, and wait for the network together.
+
+    Between two waits a small object takes a dozen short system calls, and each of them lets go of
+    the interpreter lock: many threads spend more time handing it around than working. Who has the
+    turn is interrupted by none of our threads; who does not get it soon, because the file system
+    is slow, goes on without.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._local = threading.Lock(), threading.local()
+
+    def __enter__(self) -> None:
+        self._local.inside, self._local.held = True, self._lock.acquire(timeout=_TURN_WAIT)
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+        self._local.inside = False
+
+    def leave(self) -> None:
+        """Let another thread work: this one is about to wait."""
+        if getattr(self._local, "held", False):
+            self._local.held = False
+            self._lock.release()
+
+    def resume(self) -> None:
+        """Go on after a wait, if within a turn."""
+        if getattr(self._local, "inside", False) and not self._local.held:
+            self._local.held = self._lock.acquire(timeout=_TURN_WAIT)
+
+
+_TURN = _Turn()
+
+
 def _shut_down(sock: Socket) -> None:
     import socket
 
@@ -1111,6 +1146,7 @@ class _Connection:
             view[:size] = self.data[:size]
             self.data = self.data[size:]
             return size
+        _TURN.leave()
         size = self.sock.recv_into(view)
         now = time.monotonic()
         if self.tls:
@@ -1319,6 +1355,7 @@ def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None
 
 def _connect(place: _Place, proxy: _Place | None, key: tuple[Any, ...], env: _Env) -> _Connection:
     """Open a connection, through a proxy and TLS where needed."""
+    _TURN.leave()
     deadline = time.monotonic() + _CONNECT_TOTAL
     try:
         sock = _dial((proxy or place).origin, deadline)
@@ -1490,6 +1527,7 @@ def _converse(
 ) -> tuple[int, dict[str, str], _Body]:
     """Send a request on a connection and read the head of its answer."""
     connection.sock.sendall(request)
+    _TURN.leave()
     deadline = time.monotonic() + _HEAD_TIMEOUT
     for _ in range(10):  # informational answers (RFC 9110, 15.2); nobody sends more than one or two
         status, headers, modern = _parse_head(connection.until(b"\r\n\r\n", deadline))
@@ -1497,6 +1535,7 @@ def _converse(
             break
     else:
         raise TransferError("Malformed answer: endless 1xx")
+    _TURN.resume()
     both = "transfer-encoding" in headers and "content-length" in headers  # RFC 9112, 6.1
     left, chunked = _framing(method, status, headers)
     says = headers.get("connection", "").lower()
@@ -1632,6 +1671,7 @@ class _Patience:
             error.attempts = self.attempt + 1
             raise error
         self.attempt += 1
+        _TURN.leave()
         _log(_DEBUG, "retry %d in %.2f s: %s", self.attempt, delay, error)
         self.sleep(delay)
         if self.switch:
@@ -1977,6 +2017,7 @@ class _Signed(_S3):
 
     def _call(self, operation: str, **kwargs: object) -> Any:
         try:
+            _TURN.leave()
             _log(_DEBUG, "boto3 %s %s", operation, self.uri)
             return getattr(self.client, operation)(
                 **{name: value for name, value in kwargs.items() if value is not None}
@@ -4005,6 +4046,8 @@ class _Flight:
             lock, users = _FLIGHTS.setdefault(self._key, (threading.RLock(), [0]))
             users[0] += 1
         got = False
+        if blocking:
+            _TURN.leave()
         try:
             got = bool(lock.acquire(blocking))
         finally:
@@ -4035,7 +4078,8 @@ class _Flight:
 
 def _after_fork() -> None:
     """Forget, in the child, locks that other threads of the parent held, and boto3's sockets."""
-    global _FLIGHTS_LOCK, _CLIENT_LOCK
+    global _FLIGHTS_LOCK, _CLIENT_LOCK, _TURN
+    _TURN = _Turn()
     _FLIGHTS_LOCK, _CLIENT_LOCK = threading.Lock(), threading.Lock()
     _FLIGHTS.clear()
     _CLIENTS.clear()
@@ -4259,6 +4303,7 @@ def _is_same(entry: _Entry, answer: _Answer) -> bool:
 
 def _await_peer(store: _Store, ident: str, lock: _Lock, found: Callable[[], T | None]) -> T | None:
     """Wait while another process's download grows; return what it published, or None: our turn."""
+    _TURN.leave()
     pulse, since = -1, time.monotonic()
     while True:
         result = found()
@@ -4348,6 +4393,8 @@ class _Fetch:
         status, size = "downloaded", answer.total
         if self.tally and size is not None:
             self.tally.expect(size)
+        if size is None or size > _CHUNK:
+            _TURN.leave()
         if verdict == "parts" and not (answer.whole and (size or 0) <= _SMALL):
             path, shared = self._large(answer)
             status = "revalidated" if shared else status
@@ -4741,7 +4788,7 @@ class _Tree:
         """Return the entry of one file of the listing, downloaded if we do not hold it."""
         source = self.source.child(key.key)
         ident = _ident(source)
-        with _Flight(self.store, ident):  # first, so that what another tree fetches is seen
+        with _TURN, _Flight(self.store, ident):  # first: what another tree fetches is seen
             for entry in self.store.find(ident, source.signed):
                 if key.etag and entry.etag == key.etag and entry.size == key.size:
                     return entry.path
@@ -4833,7 +4880,8 @@ def _localize(text: str, opt: _Options) -> LocalizedResource:
         return _local(text)
     if not is_tree:
         try:
-            return opt.access.attempt(target, opt.version, lambda source: _cached(source, opt))
+            with _TURN:
+                return opt.access.attempt(target, opt.version, lambda source: _cached(source, opt))
         except NotFoundError as error:
             if error.code != "NoSuchKey" or opt.version is not None:
                 raise

@@ -12,6 +12,7 @@ from typing_extensions import assert_type
 
 from aind_s3_cache import (
     AccessDeniedError,
+    CacheEntry,
     CacheError,
     CacheManager,
     IntegrityError,
@@ -38,6 +39,10 @@ from aind_s3_cache import (
 )
 
 URI = "s3://aind-open-data/a/metadata.json"
+
+
+def entries(cache_dir: Path) -> None:
+    assert_type(CacheManager(cache_dir).entries(), list[CacheEntry])
 
 
 def localize(cache_dir: Path, count: Callable[[int], object], s3_client: Any) -> None:
