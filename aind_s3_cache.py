@@ -4329,6 +4329,7 @@ class _Fetch:
         self.plain = False  # ask without range and conditions
         self.doubted = False  # bytes were not as promised: use nothing of that try
         self.changes = 0
+        self.left: _Partial | None = None  # of our last attempt: copied from, then removed
 
     def run(self, held: list[_Entry]) -> LocalizedResource:
         """Ask, with what we hold as the condition, until the answer is one to keep."""
@@ -4484,6 +4485,8 @@ class _Fetch:
             if first:
                 file.take_first(answer.stop or 0)
             copied = 0 if self.doubted else file.adopt()
+            if self.left:
+                self.left.discard()
             _log(_INFO, "downloading %s: %d bytes, %d found", source.uri, total, copied)
             for name, promised in _digests(source, answer):
                 hashes.append((_Behind(file, name), promised, name))
@@ -4502,6 +4505,7 @@ class _Fetch:
                 behind.cancel()
             if not isinstance(error, (TransferError, KeyboardInterrupt)) or 2 not in file.state:
                 file.discard()
+            self.left = file
             raise
         finally:
             file.close()
