@@ -237,7 +237,8 @@ class S3CacheError(Exception):
         **_: object,
     ) -> E:
         foreign = cls._also(status, code)
-        made: E = super().__new__(_mixed(cls, foreign) if foreign else cls, message)
+        mixed: Any = _mixed(cls, foreign) if foreign else cls
+        made: E = super().__new__(mixed, message)
         return made
 
     def __init__(
