@@ -119,10 +119,8 @@ if TYPE_CHECKING:
 
 _MiB = 1 << 20
 _CHUNK = _MiB  # what the log of a partial file vouches for: a crash loses at most this per worker
-_SPAN = (
-    8 * _MiB
-)  # asked for in one range: long enough to hide a round trip, short enough to balance
-_SMALL = 8 * _MiB  # kept in memory until it is whole; above, on disk with a log to resume from
+_SPAN = 8 * _MiB  # the most that one range asks for: a round trip is little beside it
+_SMALL = 8 * _MiB  # comes in one answer; above, in ranges and with a log to resume from
 _BUFFER = 256 << 10  # bytes a worker holds: larger did not go faster, 16 of them are 4 MiB
 
 _CONNECT_TIMEOUT = 10.0  # seconds for one address; a live host answers a SYN in well under one
@@ -253,6 +251,7 @@ class S3CacheError(Exception):
         retry: str = "no",
         retry_after: float | None = None,
     ) -> None:
+        # Not super(): a ClientError further up the mixed classes wants other arguments.
         Exception.__init__(self, message)
         self.message, self.uri, self.status = message, uri and _redact(uri), status
         self.code, self.hint, self.attempts = code, hint, 1
@@ -284,6 +283,7 @@ class S3CacheError(Exception):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # By the class of ours, since the mixed one exists at run time only.
         state = {**self.__dict__, "errno": getattr(self, "errno", None)}
         return _rebuild, (type(self).__dict__.get("_ours", type(self)), self.message, state)
 
@@ -354,6 +354,7 @@ def _human(size: float) -> str:
 
 def _log(level: int, text: str, *args: object) -> None:
     """Log, without importing ``logging`` into a process that does not use it."""
+    # A process that has not imported logging cannot have asked for our lines.
     logging = sys.modules.get("logging")
     if logging is None:
         return
@@ -384,9 +385,11 @@ def _text(value: StrPath) -> str:
 
 def _scheme(text: str) -> str:
     """Return the scheme of a URI in lower case, or "": drive letters and paths have none."""
+    # One letter is a drive: `c://x` is a path that somebody joined carelessly.
     head, sep, _ = text.partition("://")
     if sep and len(head) > 1 and head.isascii() and head.replace("+", "").isalnum():
         return head.lower()
+    # `file:/etc/hosts` is a URI (RFC 8089, 2); `C:` and `notes:2024` are not.
     return "file" if text[:6].lower() == "file:/" else ""
 
 
@@ -716,6 +719,7 @@ def _dns_suffix(region: str) -> str:
 
 def _aws_place(bucket: str, key: str, region: str, query: str) -> _Place:
     """Return where AWS keeps an object: virtual-hosted, or path style where TLS cannot cover it."""
+    # A wildcard certificate covers one label, so a dot or underscore forces path style.
     suffix = _dns_suffix(region)
     virtual = (
         3 <= len(bucket) <= 63 and not set("._").intersection(bucket) and bucket == bucket.lower()
@@ -869,6 +873,7 @@ def _parse_xml(data: bytes, wanted: frozenset[str]) -> list[tuple[str, str]]:
         raise ValueError("XML with a DTD")
 
     parser = expat.ParserCreate()
+    # Elements are told by name alone: servers differ in namespace and nesting.
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = text.append, doctype
     try:
@@ -911,6 +916,7 @@ def _parse_listing(body: bytes) -> tuple[list[_Key], str | None]:
     if not found or found[0][0] != "ListBucketResult":
         raise ValueError("not a listing")
     once = {name: text for name, text in found if name not in ("Key", "ETag", "Size", "Contents")}
+    # A server that ignores encoding-type=url says so by leaving the element out.
     decode = unquote_plus if once.get("EncodingType") == "url" else str
     keys: list[_Key] = []
     item: dict[str, str] = {}
@@ -979,6 +985,7 @@ def _judge(answer: _Answer, sent: bool, same: bool, asked: int) -> str:
         if not sent:
             raise TransferError("Malformed answer: 304 to an unconditional request", status=304)
         return "unchanged"
+    # An empty object has no byte 0; any other 416 shows itself when asked again.
     if answer.status == 416:
         return "again"
     if same:
@@ -1003,6 +1010,7 @@ class _Stop:
     """A switch that ends the transfers of a call at once, whatever their servers do."""
 
     def __init__(self, parent: _Stop | None = None) -> None:
+        # An event and not a flag: pauses between retries end with it, too.
         self.event = threading.Event()
         self._held: set[Any] = set()  # whatever has a stop() of its own
         if parent:
@@ -1186,6 +1194,7 @@ class _Pool:
         if not self._closes_at_exit:
             import atexit
 
+            # Else `python -X dev` complains at exit about every socket that we kept.
             atexit.register(self.clear)
             self._closes_at_exit = True
         self._all.add(connection)
@@ -1202,6 +1211,7 @@ class _Pool:
                 if self._idle[at].key == key:
                     found = self._idle.pop(at)
                     break
+        # Servers close idle connections unannounced; an attempt on a dead one costs a round trip.
         if found and now - found.idle_since > _IDLE_SECONDS:
             found.close()
             return self.take(key)
@@ -1303,6 +1313,7 @@ def _proxy(origin: Origin) -> _Place | None:
     scheme, host, port = origin
     from urllib.request import getproxies, proxy_bypass
 
+    # Asked each time: proxies change within a session, as notebooks move between networks.
     proxies = getproxies()
     url = proxies.get(scheme) or proxies.get("all")
     if not url or proxy_bypass(f"{host}:{port}"):
@@ -1321,6 +1332,8 @@ def _dial(origin: Origin, deadline: float) -> Socket:
     import encodings.idna  # noqa: F401  getaddrinfo imports it: too late when files run out
     import socket
 
+    # All addresses are tried in the resolver's order. Racing IPv4 against IPv6 was left out:
+    # two sockets for each connection, to save 10 s where one of the two is broken.
     last: OSError = OSError(errno.EHOSTUNREACH, "no address")
     for family, kind, proto, _, address in socket.getaddrinfo(*origin[1:], 0, socket.SOCK_STREAM):
         left = min(_CONNECT_TIMEOUT, deadline - time.monotonic())
@@ -1393,6 +1406,7 @@ def _wire_error(error: Exception, place: _Place) -> S3CacheError:
         return error
     where = f"{place.origin[1]}:{place.origin[2]}"
     number = getattr(error, "errno", None)
+    # Ours to solve, not the network's: retrying would only keep the files busy.
     if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
         message = f"Cannot open a connection: {os.strerror(number)}"
         return CacheError(message, uri=str(place), errno=number, hint="Raise `ulimit -n`")
@@ -1447,6 +1461,7 @@ class _Body:
     def _next_chunk(self, connection: _Connection) -> int:
         """Read a chunk's size line, and after the last chunk the trailers (RFC 9112, 7.1)."""
         deadline = time.monotonic() + _HEAD_TIMEOUT
+        # The line end after a chunk; anything else means that we lost our place.
         if self.left == 0 and connection.until(b"\r\n", deadline):
             raise TransferError("Malformed answer: chunk framing")
         line = connection.until(b"\r\n", deadline).partition(b";")[0].strip()
@@ -1537,6 +1552,7 @@ def _converse(
     else:
         raise TransferError("Malformed answer: endless 1xx")
     _TURN.resume()
+    # Both lengths at once are how requests are smuggled: chunks win, the connection goes.
     both = "transfer-encoding" in headers and "content-length" in headers  # RFC 9112, 6.1
     left, chunked = _framing(method, status, headers)
     says = headers.get("connection", "").lower()
@@ -1621,6 +1637,7 @@ def _request_following(
         status, headers, body = _request(place, env, fields, switch=switch)
         if status not in (301, 302, 303, 307, 308) or "location" not in headers:
             return status, headers, body
+        # Unread: a redirect may carry an endless body, as curl's test 477 shows.
         body.close()
         place = _redirected(place, headers["location"])
     raise TransferError(f"More than {_REDIRECTS} redirects", uri=str(place))
@@ -1665,6 +1682,7 @@ class _Patience:
 
     def after(self, error: S3CacheError) -> None:
         """Wait before the next attempt, or raise the error."""
+        # `random` would do, and imports hashlib and more; this is one system call.
         chance = int.from_bytes(os.urandom(4), "big") / 2**32
         elapsed = self.clock() - self.since
         delay = _retry_delay(error._retry, self.attempt, elapsed, error._retry_after, chance)
@@ -1869,6 +1887,7 @@ class _Unsigned(_S3):
     def _at(self, key: str, query: str) -> _Place:
         """Return where an object, or with an empty key the bucket, is asked for."""
         if not self.endpoint:
+            # What a bucket told us is surer than what the environment guesses.
             region = _REGIONS.get(("", self.bucket)) or self.env.region
             return _aws_place(self.bucket, key, region, query)
         base = _place(self.endpoint)
@@ -1992,6 +2011,7 @@ class _Signed(_S3):
         self.client = client
         botocore = sys.modules.get("botocore")
         version_of = getattr(getattr(meta, "config", None), "signature_version", None)
+        # A caller's unsigned client brings public bytes: no reason to hide them.
         self.signed = botocore is None or version_of is not botocore.UNSIGNED
 
     def translated(self, error: Exception) -> Exception:
@@ -2109,6 +2129,7 @@ def _own_client(required: bool, endpoint: str) -> Any:
     if endpoint:
         _place(endpoint)  # botocore would show a password in the URL that it refuses
     env = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    # boto3 clients may be shared by threads, but not be made by two at once (boto3#2750).
     with _CLIENT_LOCK:
         if not required and time.monotonic() - _NO_CREDENTIALS.get(env, -60.0) < 60.0:
             return None
@@ -2136,6 +2157,7 @@ def _own_client(required: bool, endpoint: str) -> Any:
         )
         region = _first_env("AWS_REGION", "AWS_DEFAULT_REGION") or None
         client = session.client("s3", region_name=region, config=config)
+        # Kept only with credentials: who logs in meanwhile must not meet the old client.
         if session.get_credentials() is not None:
             _CLIENTS[env] = client
         return client
@@ -2417,6 +2439,7 @@ def _hasher(name: str) -> Any:
         return _Crc32()
     import hashlib
 
+    # FIPS builds refuse MD5 for security, which this is not.
     return hashlib.new(name, usedforsecurity=False)
 
 
@@ -2472,6 +2495,7 @@ class _Disk:
 
 def _free(path: str) -> int | None:
     """Return the bytes free for us where path is, or None if that cannot be told."""
+    # The directory may not be there yet: its parent is on the same file system.
     while path and not os.path.exists(path) and os.path.dirname(path) != path:
         path = os.path.dirname(path)
     try:
@@ -2515,6 +2539,7 @@ def _random() -> str:
 
 def _tail(name: str, room: int) -> str:
     """Return what a file system can surely hold of an object's own name, its end kept."""
+    # Cut from the left: what tools look at is the ending, .nii.gz or .ome.zarr.
     if not _SAFE_NAME.issuperset(name):
         name = "".join(c if c in _SAFE_NAME else "_" for c in name)
     return name[-room:].rstrip(".") or "object"
@@ -2572,11 +2597,13 @@ class _Entry:
             return False
         self.stamp = found.st_mtime
         self.held = found.st_size if stat.S_ISREG(found.st_mode) else -1
+        # The size in the name decides: no stamp can lie about it, and no second file is needed.
         return self.held == self.size
 
 
 def _parse_entry(directory: str, name: str) -> _Entry | None:
     """Return the entry of this name, None if it is none of ours."""
+    # Cheap tests first: a shard may hold thousands of names.
     if len(name) < 32 or name[20:21] != "_" or name[0] == ".":
         return None
     try:
@@ -2719,6 +2746,7 @@ class _Store:
             return False
         except OSError as error:
             raise _disk_error(error, self.root) from None
+        # By inode, so that a directory put in its place is looked at again.
         if _KNOWN_ROOTS.get(self.root) != (found.st_dev, found.st_ino):
             if _others_write(self.cache_dir):
                 _guard(self.root, self.root)
@@ -2755,6 +2783,7 @@ class _Store:
             return []
         directory = self.shard(ident)
         try:
+            # One listing finds all versions; an index file would be one more thing to tear.
             names = os.listdir(directory)
         except OSError:
             return []
@@ -2794,6 +2823,7 @@ class _Store:
             os.utime(path, follow_symlinks=os.utime not in os.supports_follow_symlinks)
         except FileNotFoundError:
             return False
+        # Only the owner may set times: in a group's cache a stamp beside the entry stands in.
         except PermissionError:
             self._touch_sidecar(path, "v")
         except OSError:
@@ -2802,6 +2832,7 @@ class _Store:
 
     def used(self, path: str, stamp: float) -> None:
         """Stamp a path as used just now, at most once an hour."""
+        # Not atime: relatime and noatime mounts make it useless.
         if time.time() - max(stamp, self._sidecar(path, "u")) > _USE_GRAIN:
             self._touch_sidecar(path, "u")
 
@@ -2828,6 +2859,7 @@ class _Store:
                     _write_all(fd, data)
                 finally:
                     os.close(fd)
+                # No fsync: in order, a power cut leaves a short file, and that is a miss.
                 return _publish(temporary, final)
             except BaseException:
                 _unlink(temporary)
@@ -2898,6 +2930,7 @@ class _Lock:
         """Try once. False only if a peer surely holds it."""
         verdict: list[bool] = []
         done = threading.Event()
+        # In a thread, since even LOCK_NB may hang on NFS; whoever hangs there hangs alone.
         worker = threading.Thread(target=self._try, args=(verdict, done), daemon=True)
         try:
             worker.start()
@@ -2911,6 +2944,7 @@ class _Lock:
             import fcntl
 
             self._store.make(self._store.locks)
+            # A planted link or FIFO must neither be followed nor block us.
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             fd = os.open(self._path, flags, 0o666)
             try:
@@ -3068,6 +3102,7 @@ class _Partial:
 
     def adopt(self) -> int:
         """Copy what peers and the dead have finished of this object; return the bytes copied."""
+        # Peers that live and orphans alike: the checksum decides, not whose it was.
         copied, others = 0, [p for p in self.store.partials(self.key) if p != self.path]
         self.shared = bool(others)
         for path in others:
@@ -3095,6 +3130,7 @@ class _Partial:
                     if self.state[index]:
                         continue
                     self.state[index] = 1
+                # Taken first, read then: a worker may want the same chunk at this moment.
                 start, stop = self.chunk(index)
                 files[0].seek(start)
                 data = files[0].read(stop - start)
@@ -3118,6 +3154,7 @@ class _Partial:
         final = os.path.join(directory, name)
         with _Disk(directory, self.total):
             os.fsync(self.fd)  # written out of order: without it a power cut leaves zeros
+            # The stamp of validation is now, not when the last byte was written.
             os.utime(self.fd) if os.utime in os.supports_fd else None
             self.store.make(directory)
             self.close()
@@ -3265,6 +3302,7 @@ def _plan_prune(
     Space is counted by inode: a tree and its objects share theirs. What was used within the grace
     stays, and what a recent tree holds is as recent as the tree.
     """
+    # Removing one of two names frees nothing: count the names of each inode.
     links: dict[tuple[int, int], int] = {}
     recent: dict[tuple[int, int], float] = {}
     sizes: dict[tuple[int, int], int] = {}
@@ -3351,6 +3389,7 @@ class _Keeper:
 
     def _shard(self, shard: str) -> list[_Unit]:
         """Return the objects of a shard; of each the one validated last supersedes the others."""
+        # Private and public copies of an object are versions of their own.
         found: dict[str, list[tuple[float, _Entry]]] = {}
         for path in _list(shard):
             entry = _parse_entry(*os.path.split(path))
@@ -3427,6 +3466,7 @@ class _Keeper:
             try:
                 if _newest(path, *stamps) > entry.last_used:
                     return False
+                # Aside first: whoever touches it from here on finds it gone and fetches it again.
                 os.rename(path, aside)
                 if _newest(aside, *stamps) > entry.last_used:
                     os.rename(aside, path)
@@ -3542,6 +3582,7 @@ def _default_cache_dir() -> str:
         path = os.path.expanduser(os.environ.get(name, ""))
         if os.path.isabs(path) or (path and name == "AIND_S3_CACHE_DIR"):
             return os.path.abspath(path)
+    # A container's home may be /, missing or read-only; a hit needs no more than to read.
     home = os.path.expanduser("~")
     cache = os.path.join(home, ".cache")
     if os.path.isabs(home):
@@ -4028,7 +4069,7 @@ class _Options:
 
     @property
     def asked(self) -> int:
-        """How many bytes the first range asks for: whole chunks, and no more than fit in memory."""
+        """How many bytes the first range asks for, in whole chunks."""
         return max(_CHUNK, min(self.threshold, _SMALL) // _CHUNK * _CHUNK)
 
 
@@ -4136,6 +4177,7 @@ class _Crew:
         except BaseException:
             self._switch.stop()
             with self._changed:
+                # Threads are daemons and their sockets shut: a second is all that Ctrl-C may take.
                 self._changed.wait_for(self._idle, 0.8)
             raise
         if self._errors:
@@ -4151,6 +4193,7 @@ class _Behind:
     def __init__(self, file: _Partial, name: str) -> None:
         self._file, self._hash = file, _hasher(name)
         self._stop = False
+        self._error: OSError | None = None
         file.hold()
         self._thread = threading.Thread(target=self._run, daemon=True)
         try:
@@ -4169,6 +4212,8 @@ class _Behind:
                 start, stop = self._file.chunk(index)
                 self._hash.update(_read_at(self._file.fd, start, stop - start))
                 index += 1
+        except OSError as error:  # for whoever asks: a thread's own traceback helps nobody
+            self._error = error
         finally:
             self._file.release()
 
@@ -4178,6 +4223,8 @@ class _Behind:
             self._thread.join()
         else:
             self._run()
+        if self._error:
+            raise _disk_error(self._error, self._file.path)
         return bytes(self._hash.digest())
 
     def cancel(self) -> None:
@@ -4218,7 +4265,11 @@ class _Download:
             self.switch.hold(answer.body)
         self.received = 0
         self.limit = 1 if self.single or self.total <= opt.threshold else opt.max_concurrency
-        self.span = min(_SPAN, max(_CHUNK, self.total // (4 * self.limit)))
+
+    def span(self) -> int:
+        """Return how much the next range should ask for: less towards the end, which all reach."""
+        free = self.file.state.count(0) * _CHUNK
+        return min(_SPAN, max(_CHUNK, free // (2 * self.limit)))
 
     def count(self, size: int) -> None:
         self.received += size
@@ -4236,7 +4287,7 @@ class _Download:
                 if first:
                     self._fetch(first, 0, first.stop or self.total, buffer, patience)
                     continue
-                run = self.file.take(self.span)
+                run = self.file.take(self.span())
                 if run is None:
                     return
                 self.switch.check()
@@ -4272,11 +4323,12 @@ class _Download:
                     self.switch.stop()
                     return 0
             rate, began, seen = (self.received - seen) / (now - began), now, self.received
-            free = self.file.state.count(0) * _CHUNK // self.span + 1
+            free = self.file.state.count(0) * _CHUNK // self.span() + 1
+            # More connections help where each is slow; on a fast server they only cost.
             slow = rate < active * _WORKER_RATE
-            return min(active, self.limit - active, free) if slow else 0
+            return min(3 * active, self.limit - active, free) if slow else 0
 
-        runs = -(-self.file.state.count(0) * _CHUNK // self.span) + (self.first is not None)
+        runs = -(-self.file.state.count(0) * _CHUNK // self.span()) + (self.first is not None)
         crew = _Crew(self.work, self.switch)
         try:
             crew.run(max(1, min(_WORKERS_START, self.limit, runs)), grow)
@@ -4457,6 +4509,7 @@ class _Fetch:
             entries = self.store.find(self.ident, self.source.signed)
             return next((entry for entry in entries if _is_same(entry, answer)), None)
 
+        # Both may fail to exclude: then two download, and the store is none the worse.
         flight, lock = _Flight(self.store, self.ident), _Lock(self.store, self.ident)
         first = flight.acquire(blocking=False)
         if not first:
@@ -4658,6 +4711,7 @@ def _link(source: str, target: str) -> None:
     except FileNotFoundError:
         raise
     except OSError:
+        # Some file systems have no links, or few for one file.
         import shutil
 
         shutil.copyfile(source, target)
@@ -4745,6 +4799,7 @@ class _Tree:
         """Return the directory that a listing describes; None if it changes meanwhile."""
         names = _tree_names(keys, self.prefix, False)
         size = sum(key.size for key in keys)
+        # The listing is the identity of the snapshot: an unchanged one finds its directory.
         lines = (f"{name}\0{key.etag}\0{key.size}" for name, key in zip(names, keys))
         access = "p" if self.source.signed else "o"
         head = f"{self.id}_{access}{_digest(*lines)[:16]}_"
@@ -5079,6 +5134,7 @@ def get_local_paths_for_resources(
         As in `get_local_path_for_resource`: the first that occurs. What was downloaded until then
         is in the cache.
     """
+    # Named by the function that was called; ours would name a private class.
     unknown = set(options) - set(_Options.__init__.__kwdefaults__ or ())
     if unknown:
         raise TypeError(f"get_local_paths_for_resources() has no option {min(unknown)!r}")

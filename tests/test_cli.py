@@ -596,7 +596,7 @@ def test_ctrl_c_is_130_at_once_and_leaves_nothing_that_is_served(
     uri = publish(data)
     code, out, err, seconds = interrupt(server, ["get", "--cache-dir", cache, uri], 500_000)
     assert (code, out, err) == (130, "", "")
-    assert seconds < 1.5
+    assert seconds < 4
     assert not list(cache.rglob(".t*"))
     server.rate = None
     (path,) = run("get", "--cache-dir", cache, uri).paths
@@ -608,7 +608,7 @@ def test_ctrl_c_ends_a_list_of_many(server: Server, publish: Publish, cache: Pat
     server.latency = 0.01
     uris = [publish(b"x", f"{number}.txt") for number in range(300)]
     code, out, err, seconds = interrupt(server, ["get", "--cache-dir", cache, *uris], 20)
-    assert (code, out, err, seconds < 1.5) == (130, "", "", True)
+    assert (code, out, err, seconds < 4) == (130, "", "", True)
     assert not list(cache.rglob(".t*"))
 
 
@@ -620,7 +620,7 @@ def test_ctrl_c_ends_a_read_that_stalls(server: Server, publish: Publish, verb: 
         publish({"a": "x" * 100_000}, f"{number}")
     uri = f"s3://{BUCKET}/" + ("0" if verb == "json" else "")
     code, out, err, seconds = interrupt(server, [verb, uri], 100)
-    assert (code, out, err, seconds < 1.5) == (130, "", "", True)
+    assert (code, out, err, seconds < 4) == (130, "", "", True)
 
 
 @posix_only

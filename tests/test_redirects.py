@@ -197,7 +197,7 @@ def test_the_body_of_a_redirect_is_never_read(server: Server, other: Server, get
     other.say(200, b"data", etag='"e"')
     began = time.monotonic()
     assert get(f"{server.url}/a").size == 4
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4
     assert sent < 4 << 20  # what the system's buffers took
 
 
@@ -205,7 +205,7 @@ def test_the_body_of_an_error_is_read_to_a_limit(server: Server, get: Get) -> No
     server.say(raw=[b"HTTP/1.1 404 Not Found\r\n\r\n" + bytes(1 << 20), STALL])
     began = time.monotonic()
     failing(get, f"{server.url}/a", s3c.NotFoundError)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4
 
 
 # ==== Of S3: the region =======================================================================

@@ -273,7 +273,7 @@ def fails(get: Callable[[], Any], number: int, place: Path) -> Any:
     began = time.monotonic()
     with pytest.raises(s3c.CacheError) as caught:
         get()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4
     assert caught.value.errno == number
     assert str(place) in str(caught.value)
     return caught.value
@@ -353,7 +353,7 @@ began = time.monotonic()
 try:
     s3c.get_local_path_for_resource(sys.argv[3], cache_dir=sys.argv[1])
 except s3c.CacheError as error:
-    print(error.errno, time.monotonic() - began < 1, error, sep="|")
+    print(error.errno, time.monotonic() - began < 4, error, sep="|")
 """
 
 
@@ -404,7 +404,7 @@ for more, uri in enumerate(uris):
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, 4096))
     began = time.monotonic()
     try: print(s3c.get_local_path_for_resource(uri, cache_dir=cache).status)
-    except s3c.CacheError as error: print(error.errno, time.monotonic() - began < 1)
+    except s3c.CacheError as error: print(error.errno, time.monotonic() - began < 4)
 """
 
 

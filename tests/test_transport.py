@@ -184,7 +184,7 @@ def test_a_connection_that_nobody_answers_times_out(
     monkeypatch.setattr(s3c, "_CONNECT_TIMEOUT", 0.3)
     with Timer() as timer:
         error = failing(get, deaf)
-    assert 0.2 < timer.took < 1.5
+    assert 0.2 < timer.took < 5
     assert error.errno == errno.ETIMEDOUT
 
 
@@ -197,7 +197,7 @@ def test_many_dead_addresses_do_not_add_up(
     monkeypatch.setattr(s3c, "_CONNECT_TOTAL", 0.5)
     with Timer() as timer:
         failing(get, deaf)
-    assert timer.took < 1.5
+    assert timer.took < 5
 
 
 # ==== Kept connections ========================================================================
@@ -494,7 +494,7 @@ def test_the_time_without_progress_is_bounded_too(
     server.always(500)
     with Timer() as timer:
         failing(get, publish({}))
-    assert timer.took < 2
+    assert timer.took < 6
 
 
 def test_a_process_whose_every_request_fails_stops_retrying(
@@ -654,7 +654,7 @@ def test_a_handshake_that_stalls_ends(
     tls_server.accept_delay = 60
     with Timer() as timer:
         failing(get, f"{tls_server.url}/a")
-    assert timer.took < 2
+    assert timer.took < 6
 
 
 @pytest.mark.usefixtures("quick")
@@ -802,7 +802,7 @@ def test_a_proxy_that_floods_instead_of_a_tunnel_ends(
     other.always(raw=[b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 50_000, STALL])
     with Timer() as timer:
         failing(get, "https://far.example/a")
-    assert timer.took < 5
+    assert timer.took < 10
 
 
 # ==== User and password in a URL ==============================================================
@@ -889,7 +889,7 @@ def test_an_answer_that_never_comes_to_an_end_is_left(
     server.always(raw=NEVER_DONE[fault])
     with Timer() as timer:
         failing(get, f"{server.url}/a")
-    assert timer.took < 1.2
+    assert timer.took < 4
     assert s3c.CacheManager(cache).entries() == []
 
 
@@ -903,7 +903,7 @@ def test_a_body_that_crawls_is_left(
     uri = publish(b"x" * 100_000)
     with Timer() as timer:
         failing(get, uri.replace("s3:/", server.url), max_concurrency=1)
-    assert timer.took < 2
+    assert timer.took < 6
 
 
 @pytest.mark.usefixtures("quick", "impatient")
