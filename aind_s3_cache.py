@@ -2772,7 +2772,23 @@ class _Store:
             else:
                 _write_all(fd, memoryview(_TAG.encode()))
                 os.close(fd)
+        for _ in range(9):
+            try:
+                return os.makedirs(directory, exist_ok=True)
+            except (FileExistsError, FileNotFoundError):
+                # Unless a file stands there, a peer clears the cache at this very moment.
+                if os.path.lexists(directory) and not os.path.isdir(directory):
+                    raise
         os.makedirs(directory, exist_ok=True)
+
+    def create(self, path: str, flags: int, mode: int) -> int:
+        """Open a new file, making its directory as often as peers clear it away."""
+        for _ in range(9):
+            try:
+                return os.open(path, flags | _NEW, mode)
+            except FileNotFoundError:
+                self.make(os.path.dirname(path))
+        return os.open(path, flags | _NEW, mode)
 
     def shard(self, ident: str) -> str:
         return self.objects + os.sep + ident[:2]
@@ -2849,11 +2865,7 @@ class _Store:
         final = directory + os.sep + name
         mode = 0o600 if private else 0o444
         with _Disk(directory, len(data)):
-            try:
-                fd = os.open(temporary, os.O_WRONLY | _NEW, mode)
-            except FileNotFoundError:
-                self.make(directory)
-                fd = os.open(temporary, os.O_WRONLY | _NEW, mode)
+            fd = self.create(temporary, os.O_WRONLY, mode)
             try:
                 try:
                     _write_all(fd, data)
@@ -2990,8 +3002,7 @@ class _Spool:
         self.directory, self.need, self._names = store.shard(ident), need, hashes
         self._path = os.path.join(self.directory, f".t{_random()}")
         with _Disk(self.directory, need):
-            store.make(self.directory)
-            self._fd = os.open(self._path, os.O_WRONLY | _NEW, 0o600 if private else 0o444)
+            self._fd = store.create(self._path, os.O_WRONLY, 0o600 if private else 0o444)
         self._reset()
 
     def _reset(self) -> None:
@@ -3052,9 +3063,9 @@ class _Partial:
             if free is not None and free < total:
                 raise OSError(errno.ENOSPC, "No space left on device", self.path + ".data")
             mode = 0o600 if private else 0o444
-            self.fd = os.open(self.path + ".data", os.O_RDWR | _NEW, mode)
+            self.fd = store.create(self.path + ".data", os.O_RDWR, mode)
             try:
-                self.log = os.open(self.path + ".log", os.O_WRONLY | os.O_APPEND | _NEW, 0o600)
+                self.log = store.create(self.path + ".log", os.O_WRONLY | os.O_APPEND, 0o600)
             except BaseException:
                 os.close(self.fd)
                 _unlink(self.path + ".data")

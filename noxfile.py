@@ -25,7 +25,9 @@ HERE = Path(__file__).resolve().parent
 MODULE = HERE / "aind_s3_cache.py"
 PROJECT = nox.project.load_toml(HERE / "pyproject.toml")
 
-PYTEST = ("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal")  # a process per core
+# A process per core. Some tests send signals and watch clocks, and a loaded machine may fail one:
+# it gets a second chance, and the summary names it.
+PYTEST = ("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", "--reruns", "1", "-rR")
 
 nox.needs_version = ">=2025.2"
 nox.options.sessions = ["demo", "lint", "types", "tests", "tests_boto3"]
