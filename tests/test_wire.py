@@ -469,7 +469,9 @@ def test_a_server_says_how_long_to_wait(
     assert low <= no_sleep[0] <= high
 
 
-@pytest.mark.parametrize("wait", ["3600", "9" * 19, in_seconds(7200)])
+@pytest.mark.parametrize(
+    "wait", ["3600", "9" * 19, in_seconds(7200)], ids=["an hour", "for ever", "a date"]
+)
 def test_a_server_that_wants_hours_fails_at_once(
     server: Server, no_sleep: list[float], wait: str
 ) -> None:
