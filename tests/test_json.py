@@ -237,7 +237,10 @@ def test_a_large_file_is_refused_like_a_large_object(tmp_path: Path, low_ceiling
 def test_what_just_fits_is_read(publish: Publish, low_ceiling: int) -> None:
     data = b"{}".ljust(low_ceiling)
     assert s3c.get_json(publish(data)) == {}
-    assert s3c.get_json(publish(gzip.compress(data), headers={"Content-Encoding": "gzip"})) == {}
+    assert (
+        s3c.get_json(publish(gzip.compress(data, mtime=0), headers={"Content-Encoding": "gzip"}))
+        == {}
+    )
 
 
 # ==== What counts as a document ===============================================================
