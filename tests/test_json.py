@@ -172,7 +172,7 @@ def test_zeros_behind_gzip_are_padding(publish: Publish) -> None:
 @pytest.mark.parametrize(
     ("coding", "data", "says"),
     [
-        ("gzip", gzip.compress(TEXT.encode())[:-9], "(?i)truncated gzip"),
+        ("gzip", gzip.compress(TEXT.encode(), mtime=0)[:-9], "(?i)truncated gzip"),
         ("gzip", TEXT.encode(), "(?i)invalid gzip"),
         ("deflate", b"\x78\x9c\xff\xff", "(?i)invalid deflate"),
         ("gzip", b"", "(?i)gzip|Not valid JSON"),
@@ -237,10 +237,7 @@ def test_a_large_file_is_refused_like_a_large_object(tmp_path: Path, low_ceiling
 def test_what_just_fits_is_read(publish: Publish, low_ceiling: int) -> None:
     data = b"{}".ljust(low_ceiling)
     assert s3c.get_json(publish(data)) == {}
-    assert (
-        s3c.get_json(publish(gzip.compress(data, mtime=0), headers={"Content-Encoding": "gzip"}))
-        == {}
-    )
+    assert s3c.get_json(publish(gzip.compress(data), headers={"Content-Encoding": "gzip"})) == {}
 
 
 # ==== What counts as a document ===============================================================
