@@ -414,7 +414,7 @@ def test_a_relative_cache_dir_means_the_callers_directory(
 
 
 def test_an_executor_that_lost_its_processes_says_so(publish: Publish, get_all: Get) -> None:
-    pool = ProcessPoolExecutor(1, get_context("spawn"), os._exit, (3,))
+    pool = ProcessPoolExecutor(1, get_context("spawn"), signal.raise_signal, (signal.SIGTERM,))
     with pool, pytest.raises(BrokenProcessPool):
         get_all([publish(b"x")], executor=pool, return_exceptions=True)
 
