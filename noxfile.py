@@ -143,7 +143,7 @@ def vendored(session: nox.Session) -> None:
     package.mkdir(parents=True, exist_ok=True)
     for folder in (package.parent, package):
         (folder / "__init__.py").touch()
-    shutil.copyfile(MODULE, package / "s3c.py")
+    shutil.copy(MODULE, package / "s3c.py")
     env = {"PYTHONPATH": str(root), "S3C_SUBJECT": "some_package._vendor.s3c"}
     session.run(*PYTEST, *session.posargs, env=env)
 

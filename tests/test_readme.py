@@ -106,7 +106,8 @@ def run_block(run_python: Run, world: Server) -> Block:
     """Run one of the README's blocks in a fresh process; its lines of output."""
 
     def run_block(block: str, *args: str) -> list[str]:
-        done = run_python(re.sub(r"\bfrom aind_s3_cache\b", f"from {subject_name}", block), *args)
+        code = re.sub(r"\b(from|import) aind_s3_cache\b", rf"\1 {subject_name}", block)
+        done = run_python(code, *args)
         assert done.stderr == ""
         return list(done.stdout.splitlines())
 
