@@ -147,8 +147,9 @@ _RETRY_TOKENS = 500  # per process, 5 a retry, 1 back per success: ends storms, 
 
 _WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
 _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
-_BATCH_WORKERS = 2  # to begin with: more only fight for the interpreter on a fast server
-_BATCH_LIMIT = 32  # where the network is what a batch waits for
+_BATCH_LIMIT = 32  # requests of a batch on their way, where the network is what it waits for
+_AHEAD = 4  # requests sent together before their turn: eight at a time did not go faster
+_AHEAD_WITHIN = 0.5  # seconds that an object may take for that; a server does not wait for long
 _TURN_WAIT = 0.02  # seconds: a hundred short turns; on a slow file system a turn takes longer
 _CHANGES = 3  # times an object may change under a download before we say so
 _PEER_PATIENCE = 5.0  # seconds a peer's download may stand still before we no longer wait for it
@@ -770,14 +771,20 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
         raise TransferError("Malformed answer: not HTTP/1.x", retry="soon")
     headers: dict[str, str] = {}
     for line in lines[1:]:
-        name, colon, value = line.partition(":")
-        # Folded lines and spaces before the colon smuggle headers (RFC 9112, 5.1 and 5.2); a lone
-        # CR, LF or NUL in a value would do so when we send an ETag back.
-        if not colon or not name or name != name.strip() or not (clean or _clean(value)):
+        name, _, value = line.partition(":")
+        name = _field_name(name) if len(name) < len(line) else ""
+        # A lone CR, LF or NUL in a value would smuggle headers when we send an ETag back.
+        if not name or not (clean or _clean(value)):
             raise TransferError(f"Malformed answer: header {_printable(line[:80])!r}")
-        name, value = name.lower(), value.strip(" \t")
+        value = value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return status, headers, version == "HTTP/1.1"
+
+
+@lru_cache(maxsize=256)
+def _field_name(name: str) -> str:
+    """Return a header's name in lower case; "" for folded lines and spaces before the colon."""
+    return name.lower() if name == name.strip() else ""  # RFC 9112, 5.1 and 5.2
 
 
 def _clean(value: str) -> bool:
@@ -1033,35 +1040,105 @@ class _Stop:
             what.stop()
 
 
+class _Waiter:
+    """A thread that waits for its turn, and what another may do for it meanwhile."""
+
+    __slots__ = ("ahead", "busy", "gate")
+
+    def __init__(self, ahead: Callable[[], None] | None) -> None:
+        self.ahead, self.busy, self.gate = ahead, False, threading.Lock()
+        self.gate.acquire()
+
+
 class _Turn:
     """Lets threads do their short work one at a time, and wait for the network together.
 
     Between two waits a small object takes a dozen short system calls, and each of them lets go of
-    the interpreter lock: many threads spend more time handing it around than working. Who has the
-    turn is interrupted by none of our threads; who does not get it soon, because the file system
-    is slow, goes on without.
+    the interpreter lock: many threads spend more time handing it around than working. Whoever has
+    the turn is interrupted by none of our threads, and sends the requests of those that are next.
+    Who does not get it soon, because the file system is slow, goes on without.
     """
 
     def __init__(self) -> None:
-        self._lock, self._local = threading.Lock(), threading.local()
+        self._mutex, self._local = threading.Lock(), threading.local()
+        # In rounds, and in each the last comes first: a caller's `map` waits for its first result,
+        # and so is woken once a round instead of once a call.
+        self._round: list[_Waiter] = []
+        self._next: list[_Waiter] = []
+        self._taken = False
 
-    def __enter__(self) -> None:
-        self._local.inside, self._local.held = True, self._lock.acquire(timeout=_TURN_WAIT)
+    def _begin_round(self) -> None:
+        if not self._round:
+            self._round, self._next = self._next, []
 
-    def __exit__(self, *_: object) -> None:
-        self.leave()
-        self._local.inside = False
+    def _take(self, ahead: Callable[[], None] | None = None) -> bool:
+        with self._mutex:
+            if not self._taken:
+                self._taken = True
+                return True
+            waiter = _Waiter(ahead)
+            self._next.append(waiter)
+        while not waiter.gate.acquire(timeout=_TURN_WAIT):
+            with self._mutex:
+                for waiting in (self._round, self._next):
+                    if waiter in waiting and not waiter.busy:
+                        waiting.remove(waiter)
+                        return False
+        return True
+
+    def enter(self, ahead: Callable[[], None] | None = None) -> bool:
+        """Wait for the turn; ``ahead`` may be called meanwhile, by the thread that has it.
+
+        False within a turn: a caller's progress function may call us.
+        """
+        if getattr(self._local, "inside", False):
+            return False
+        self._local.inside, self._local.held = True, self._take(ahead)
+        if self._local.held:
+            self._work_ahead()
+        return True
+
+    def _work_ahead(self) -> None:
+        """Do for those that are next what they let us do."""
+        with self._mutex:
+            self._begin_round()
+            ready = self._round and self._round[-1].ahead
+            waiters = self._round[: -_AHEAD - 1 : -1] if ready else []
+            for waiter in waiters:
+                waiter.busy = True
+        try:
+            for waiter in waiters:
+                ahead, waiter.ahead = waiter.ahead, None
+                if ahead:
+                    ahead()
+        finally:
+            for waiter in waiters:
+                waiter.busy = False
+
+    def exit(self, entered: bool) -> None:
+        if entered:
+            self.leave()
+            self._local.inside = False
+
+    @property
+    def awaited(self) -> bool:
+        """Tell whether others wait for the turn that this thread has."""
+        return bool(self._round or self._next) and getattr(self._local, "held", False)
 
     def leave(self) -> None:
         """Let another thread work: this one is about to wait."""
         if getattr(self._local, "held", False):
             self._local.held = False
-            self._lock.release()
+            with self._mutex:
+                self._begin_round()
+                self._taken = bool(self._round)
+                if self._taken:
+                    self._round.pop().gate.release()
 
     def resume(self) -> None:
         """Go on after a wait, if within a turn."""
         if getattr(self._local, "inside", False) and not self._local.held:
-            self._local.held = self._lock.acquire(timeout=_TURN_WAIT)
+            self._local.held = self._take()
 
 
 _TURN = _Turn()
@@ -1117,6 +1194,15 @@ class _Connection:
             self.close()
         else:
             _POOL.give(self)
+
+    def readable(self) -> bool:
+        """Tell whether something has come."""
+        import select
+
+        try:
+            return bool(select.select([self.sock], [], [], 0)[0])
+        except ValueError:  # a number too large for select
+            return False
 
     def receive(self, deadline: float) -> bytes:
         """Return what comes next before the deadline; b"" at the end of the connection."""
@@ -1538,12 +1624,12 @@ def _framing(method: str, status: int, headers: dict[str, str]) -> tuple[int | N
     return None, True
 
 
-def _converse(
-    connection: _Connection, place: _Place, method: str, request: bytes
+def _read_answer(
+    connection: _Connection, place: _Place, method: str
 ) -> tuple[int, dict[str, str], _Body]:
-    """Send a request on a connection and read the head of its answer."""
-    connection.sock.sendall(request)
-    _TURN.leave()
+    """Read the head of the answer to the request that was sent last."""
+    if not (_TURN.awaited and connection.readable()):
+        _TURN.leave()
     deadline = time.monotonic() + _HEAD_TIMEOUT
     for _ in range(10):  # informational answers (RFC 9110, 15.2); nobody sends more than one or two
         status, headers, modern = _parse_head(connection.until(b"\r\n\r\n", deadline))
@@ -1561,55 +1647,111 @@ def _converse(
     return status, headers, _Body(connection, left, chunked, keep, place)
 
 
-def _request(
-    place: _Place,
-    env: _Env,
-    fields: str = "",
-    *,
-    method: str = "GET",
-    switch: _Stop | None = None,
-) -> tuple[int, dict[str, str], _Body]:
-    """Send one request, on a kept connection if there is one, and return the answer.
+class _Exchange:
+    """One GET or HEAD and its answer, on a kept connection if there is one.
 
     A kept connection may be dead and not know it: that costs one attempt on a new one, no retry.
     """
-    key: tuple[Any, ...] = ()
-    try:
-        proxy = _proxy(place.origin) if env.proxied(place.origin[0]) else None
+
+    __slots__ = ("env", "fields", "key", "method", "place", "proxy", "sent", "switch")
+
+    def __init__(
+        self,
+        place: _Place,
+        env: _Env,
+        fields: str = "",
+        *,
+        method: str = "GET",
+        switch: _Stop | None = None,
+    ) -> None:
+        self.place, self.env, self.fields, self.method = place, env, fields, method
+        self.switch = switch
+        self.sent: _Connection | None = None  # where the request is on its way
+
+    def _route(self) -> tuple[Any, ...]:
+        """Find the way, and return the key of connections that go it."""
+        origin = self.place.origin
+        self.proxy = proxy = _proxy(origin) if self.env.proxied(origin[0]) else None
+        login = proxy and (proxy.origin, proxy.auth)
+        self.key: tuple[Any, ...] = origin, login
+        if origin[0] == "https":
+            self.key = origin, login, self.env.ca
+        return self.key
+
+    def _send(self, connection: _Connection) -> None:
+        place, proxy = self.place, self.proxy
         target, login = place.target, place.auth and f"Authorization: {place.auth}\r\n"
         if proxy and place.origin[0] == "http":
             target = f"http://{place.netloc}{target}"
             login = (login or "") + (f"Proxy-Authorization: {proxy.auth}\r\n" * bool(proxy.auth))
-        key = (place.origin, proxy and (proxy.origin, proxy.auth))
-        if place.origin[0] == "https":
-            key += (env.ca,)
-        request = (
-            f"{method} {target} HTTP/1.1\r\nHost: {place.netloc}\r\n"
+        text = (
+            f"{self.method} {target} HTTP/1.1\r\nHost: {place.netloc}\r\n"
             f"User-Agent: aind-s3-cache/{__version__}\r\nAccept: */*\r\n"
-            f"Accept-Encoding: identity\r\n{login or ''}{fields}\r\n"
-        ).encode("latin-1")
-        connection = _POOL.take(key)
-        while True:
-            connection = connection or _connect(place, proxy, key, env)
-            reused, connection.switch = connection.reused, switch
+            f"Accept-Encoding: identity\r\n{login or ''}{self.fields}\r\n"
+        )
+        connection.switch = self.switch
+        try:
+            if self.switch:
+                self.switch.hold(connection)
+            connection.sock.sendall(text.encode("latin-1"))
+        except BaseException:
+            connection.close()
+            raise
+
+    def _receive(self, connection: _Connection) -> tuple[int, dict[str, str], _Body]:
+        try:
+            answer = _read_answer(connection, self.place, self.method)
+        except BaseException:
+            connection.close()
+            raise
+        _log(_DEBUG, "%s %s: %d", self.method, self.place, answer[0])
+        return answer
+
+    def send_ahead(self, connect: bool) -> bool:
+        """Send the request, to read the answer later; without `connect` on a kept connection only.
+
+        False if it was not sent.
+        """
+        connection = _POOL.take(self._route())
+        try:
+            if connect and not connection:
+                connection = _connect(self.place, self.proxy, self.key, self.env)
+            if connection:
+                self._send(connection)
+        except OSError:
+            return False
+        self.sent = connection
+        return connection is not None
+
+    def close(self) -> None:
+        """Leave a request that was sent ahead, if nobody wants its answer."""
+        sent, self.sent = self.sent, None
+        if sent:
+            sent.close()
+
+    def _converse(self) -> tuple[int, dict[str, str], _Body]:
+        sent, self.sent = self.sent, None
+        kept = sent or _POOL.take(self._route())
+        if kept:
             try:
-                if switch:
-                    switch.hold(connection)
-                answer = _converse(connection, place, method, request)
-                _log(_DEBUG, "%s %s: %d", method, place, answer[0])
-                return answer
+                if not sent:
+                    self._send(kept)
+                return self._receive(kept)
             except OSError as error:
-                connection.close()
-                if not reused or _timed_out(error) or isinstance(error, S3CacheError):
+                if _timed_out(error) or isinstance(error, S3CacheError):
                     raise
-                connection = None
-            except BaseException:
-                connection.close()
-                raise
-    except Exception as error:
-        if switch:
-            switch.check()
-        raise _wire_error(error, place) from None
+        new = _connect(self.place, self.proxy, self.key, self.env)
+        self._send(new)
+        return self._receive(new)
+
+    def answer(self) -> tuple[int, dict[str, str], _Body]:
+        """Return status, headers and body; only errors of ours leave this."""
+        try:
+            return self._converse()
+        except Exception as error:
+            if self.switch:
+                self.switch.check()
+            raise _wire_error(error, self.place) from None
 
 
 def _redirected(place: _Place, location: str) -> _Place:
@@ -1629,17 +1771,16 @@ def _redirected(place: _Place, location: str) -> _Place:
     return _Place(new.origin, new.target, auth)
 
 
-def _request_following(
-    place: _Place, env: _Env, fields: str, switch: _Stop | None
-) -> tuple[int, dict[str, str], _Body]:
-    """Send a GET and follow its redirects; bodies of redirects are never read."""
+def _follow(exchange: _Exchange) -> tuple[int, dict[str, str], _Body]:
+    """Follow the redirects of a GET; their bodies are never read."""
     for _ in range(_REDIRECTS + 1):
-        status, headers, body = _request(place, env, fields, switch=switch)
+        status, headers, body = exchange.answer()
         if status not in (301, 302, 303, 307, 308) or "location" not in headers:
             return status, headers, body
         # Unread: a redirect may carry an endless body, as curl's test 477 shows.
         body.close()
-        place = _redirected(place, headers["location"])
+        place = _redirected(exchange.place, headers["location"])
+        exchange = _Exchange(place, exchange.env, exchange.fields, switch=exchange.switch)
     raise TransferError(f"More than {_REDIRECTS} redirects", uri=str(place))
 
 
@@ -1712,6 +1853,7 @@ class _Ask:
         "if_match",
         "if_modified_since",
         "if_none_match",
+        "sent",
         "span",
         "start",
         "stop",
@@ -1720,17 +1862,24 @@ class _Ask:
 
     def __init__(
         self,
-        start: int | None,
-        stop: int | None,
-        if_match: str | None,
-        if_none_match: str | None,
-        if_modified_since: str | None,
-        switch: _Stop | None,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        if_match: str | None = None,
+        if_none_match: str | None = None,
+        if_modified_since: str | None = None,
+        switch: _Stop | None = None,
     ) -> None:
         self.start, self.stop, self.switch = start, stop, switch
         self.span = None if start is None else f"bytes={start}-{'' if stop is None else stop - 1}"
         self.if_match, self.if_none_match = if_match, if_none_match
         self.if_modified_since = if_modified_since
+        self.sent: _Exchange | None = None  # on its way already
+
+    def take_sent(self) -> _Exchange | None:
+        """Return the exchange that was begun ahead; its answer is read once."""
+        sent, self.sent = self.sent, None
+        return sent
 
     @property
     def fields(self) -> str:
@@ -1757,22 +1906,13 @@ class _Source:
     version: str | None = None
     place_id: tuple[str, ...] = ()  # everything that makes it this object and no other
 
-    def read(
-        self,
-        start: int | None = None,
-        stop: int | None = None,
-        *,
-        if_match: str | None = None,
-        if_none_match: str | None = None,
-        if_modified_since: str | None = None,
-        switch: _Stop | None = None,
-    ) -> _Answer:
+    def read(self, ask: _Ask) -> _Answer:
         """Ask for bytes start to stop (exclusive), or for all, under conditions."""
-        ask = _Ask(start, stop, if_match, if_none_match, if_modified_since, switch)
-        return self._send(ask)
-
-    def _send(self, ask: _Ask) -> _Answer:
         raise NotImplementedError
+
+    def exchange(self, ask: _Ask) -> _Exchange | None:
+        """Return the exchange that asks so, None where it is not ours to send."""
+        return None
 
     def _answer(self, status: int, headers: dict[str, str], body: Reader) -> _Answer:
         """Turn an answer into a value, or into the error that it is."""
@@ -1829,8 +1969,11 @@ class _HTTP(_Source):
         # A password or a presigned query is a credential: what it brings is nobody else's.
         self.signed = self.place.auth is not None or "?" in self.place.target
 
-    def _send(self, ask: _Ask) -> _Answer:
-        return self._answer(*_request_following(self.place, self.env, ask.fields, ask.switch))
+    def read(self, ask: _Ask) -> _Answer:
+        return self._answer(*_follow(ask.take_sent() or self.exchange(ask)))
+
+    def exchange(self, ask: _Ask) -> _Exchange:
+        return _Exchange(self.place, self.env, ask.fields, switch=ask.switch)
 
 
 @lru_cache(maxsize=64)
@@ -1901,16 +2044,15 @@ class _Unsigned(_S3):
         """
         told = headers.get("x-amz-bucket-region") or _parse_error(body).get("Region", "")
         if not told and status != 400:
-            _, headers, reply = _request(self._at("", ""), self.env, method="HEAD")
+            exchange = _Exchange(self._at("", ""), self.env, method="HEAD")
+            _, headers, reply = exchange.answer()
             reply.close()
             told = headers.get("x-amz-bucket-region", "")
         return told if _is_region(told) else ""
 
-    def _ask(
-        self, key: str, query: str, fields: str, switch: _Stop | None
-    ) -> tuple[int, dict[str, str], Reader]:
-        """Send a GET; resend it once where the bucket's region is another than we thought."""
-        status, headers, body = _request(self._at(key, query), self.env, fields, switch=switch)
+    def _settled(self, ask: Callable[[], _Exchange]) -> tuple[int, dict[str, str], Reader]:
+        """Ask; once more where the bucket's region is another than we thought."""
+        status, headers, body = ask().answer()
         moved = status in (301, 302, 307, 308)
         if not moved and not (status == 400 and "x-amz-bucket-region" in headers):
             return status, headers, body
@@ -1921,18 +2063,21 @@ class _Unsigned(_S3):
             raise self._error(status, headers, text, None if text else "PermanentRedirect")
         _log(_DEBUG, "%s is in %s", self.bucket, region)
         _REGIONS[where] = region
-        return _request(self._at(key, query), self.env, fields, switch=switch)
+        return ask().answer()
 
-    def _send(self, ask: _Ask) -> _Answer:
+    def exchange(self, ask: _Ask) -> _Exchange:
         query = f"?versionId={_quote(self.version, _BUCKET)}" if self.version else ""
         fields = ask.fields + "x-amz-checksum-mode: ENABLED\r\n"
-        return self._answer(*self._ask(self.key, query, fields, ask.switch))
+        return _Exchange(self._at(self.key, query), self.env, fields, switch=ask.switch)
+
+    def read(self, ask: _Ask) -> _Answer:
+        return self._answer(*self._settled(lambda: ask.take_sent() or self.exchange(ask)))
 
     def list_page(self, prefix: str, token: str | None) -> tuple[list[_Key], str | None]:
         query = f"?list-type=2&encoding-type=url&prefix={_quote(prefix, _BUCKET)}"
         if token:
             query += f"&continuation-token={_quote(token, _BUCKET)}"
-        status, headers, body = self._ask("", query, "", None)
+        status, headers, body = self._settled(lambda: _Exchange(self._at("", query), self.env))
         if status != 200:
             raise self._error(status, headers, _read_up_to(body, _ERROR_LIMIT))
         page = _read_up_to(body, _LIST_LIMIT + 1)
@@ -2049,7 +2194,7 @@ class _Signed(_S3):
                 raise
             raise translated from None
 
-    def _send(self, ask: _Ask) -> _Answer:
+    def read(self, ask: _Ask) -> _Answer:
         if ask.switch:
             ask.switch.check()
         try:
@@ -2098,7 +2243,7 @@ class _File(_Source):
     def __init__(self, path: str) -> None:
         self.path = self.uri = path
 
-    def _send(self, ask: _Ask) -> _Answer:
+    def read(self, ask: _Ask) -> _Answer:
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115  the answer owns it
         except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
@@ -2172,6 +2317,7 @@ class _Target:
         self.kind, self.text, self.bucket, self.key = kind, text, bucket, key
 
 
+@lru_cache(maxsize=256)
 def _target(text: str) -> _Target:
     """Take a URI or path apart; refuse at once what cannot be asked for."""
     scheme = _scheme(text)
@@ -2331,7 +2477,8 @@ def _resume(
     """
     while True:
         try:
-            answer = source.read(sink.at, stop, if_match=etag, switch=patience.switch)
+            ask = _Ask(sink.at, stop, if_match=etag, switch=patience.switch)
+            answer = source.read(ask)
             break
         except TransferError as error:
             patience.after(error)
@@ -2397,8 +2544,6 @@ def _digests(source: _Source, answer: _Answer) -> list[tuple[str, bytes]]:
     """
     if source.kind != "s3":
         return []
-    from base64 import b64decode
-
     headers, found = answer.headers, []
     md5 = (answer.etag or "").strip('"')
     sealed = headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
@@ -2412,6 +2557,8 @@ def _digests(source: _Source, answer: _Answer) -> list[tuple[str, bytes]]:
     for name in ("sha512", "sha256", "sha1", "crc32"):
         value = headers.get(f"x-amz-checksum-{name}", "")
         if value and "-" not in value:
+            from base64 import b64decode
+
             try:
                 found.append((name, b64decode(value, validate=True)))
             except ValueError:
@@ -3704,7 +3851,7 @@ def _read_json(source: _Source) -> dict[str, Any]:
     patience, doubted = _Patience(), False
     while True:
         try:
-            answer = source.read()
+            answer = source.read(_Ask())
             if answer.status != 200:
                 answer.body.close()
                 raise TransferError("Unexpected answer", uri=source.uri, status=answer.status)
@@ -4071,11 +4218,12 @@ class _Options:
         self.version = version_id
         self.meter: _Meter | None = None
         self.switch: _Stop | None = None
+        self.look: _Look | None = None  # of the call to come, made before its turn
 
     def under(self, switch: _Stop) -> _Options:
         """Return the same options for work that this switch stops."""
         other = object.__new__(_Options)
-        other.__dict__.update(self.__dict__, switch=switch)
+        other.__dict__.update(self.__dict__, switch=switch, look=None)
         return other
 
     @property
@@ -4383,17 +4531,60 @@ def _await_peer(store: _Store, ident: str, lock: _Lock, found: Callable[[], T | 
         time.sleep(0.05)
 
 
+class _Look:
+    """What the cache holds of an object, and maybe a request for it that is on its way."""
+
+    __slots__ = ("ask", "entries", "held", "ident", "place_id")
+
+    def __init__(self, source: _Source, opt: _Options) -> None:
+        self.ident, self.place_id = _ident(source), (source.signed, source.place_id)
+        # Private entries are for whoever asks with credentials, or for callers who do not insist on
+        # going without; as a condition they serve the former only.
+        every = source.signed or opt.access.anonymous is not True
+        self.entries = self.held = opt.store.find(self.ident, every)
+        if self.entries and not source.signed:
+            self.held = [entry for entry in self.entries if not entry.private]
+        self.ask: _Ask | None = None
+
+    @property
+    def newest(self) -> _Entry | None:
+        return self.held[0] if self.held else None
+
+    def first_ask(self, newest: _Entry | None, opt: _Options) -> _Ask:
+        """Return what to ask for first: a range, unless the object is still what we hold."""
+        if self.ask and newest is self.newest:
+            return self.ask
+        etag = newest.etag if newest else None
+        modified = newest.modified if newest else None
+        switch = opt.switch
+        return _Ask(0, opt.asked, if_none_match=etag, if_modified_since=modified, switch=switch)
+
+    def ask_ahead(self, source: _Source, opt: _Options, connect: bool = True) -> None:
+        """Send the first request now, to read its answer when it is the call's turn."""
+        ask = self.first_ask(self.newest, opt)
+        exchange = source.exchange(ask)
+        if exchange and exchange.send_ahead(connect):
+            ask.sent, self.ask = exchange, ask
+
+    def close(self) -> None:
+        """Leave what was asked for and not read."""
+        sent = self.ask and self.ask.take_sent()
+        if sent:
+            sent.close()
+
+
 class _Fetch:
     """One object on its way from a source into a store."""
 
-    def __init__(self, source: _Source, opt: _Options, ident: str) -> None:
-        self.source, self.opt, self.store, self.ident = source, opt, opt.store, ident
+    def __init__(self, source: _Source, opt: _Options, look: _Look) -> None:
+        self.source, self.opt, self.store, self.ident = source, opt, opt.store, look.ident
         self.tally = _Tally(opt.meter) if opt.meter else None
         self.patience = _Patience(opt.switch)
         self.plain = False  # ask without range and conditions
         self.doubted = False  # bytes were not as promised: use nothing of that try
         self.changes = 0
         self.left: _Partial | None = None  # of our last attempt: copied from, then removed
+        self.look = look
 
     def run(self, held: list[_Entry]) -> LocalizedResource:
         """Ask, with what we hold as the condition, until the answer is one to keep."""
@@ -4444,14 +4635,8 @@ class _Fetch:
 
     def _ask(self, newest: _Entry | None) -> _Answer:
         if self.plain:
-            return self.source.read(switch=self.opt.switch)
-        return self.source.read(
-            0,
-            self.opt.asked,
-            if_none_match=newest.etag if newest else None,
-            if_modified_since=newest.modified if newest else None,
-            switch=self.opt.switch,
-        )
+            return self.source.read(_Ask(switch=self.opt.switch))
+        return self.source.read(self.look.first_ask(newest, self.opt))
 
     def _bring(self, verdict: str, answer: _Answer) -> LocalizedResource:
         """Bring an object in the way that fits it."""
@@ -4676,7 +4861,7 @@ def _folds_case(store: _Store) -> bool:
 
 
 def _by_cpu(limit: int) -> Callable[[int], int]:
-    """Return a rule for growing a crew: while its threads wait for the network, twice as many."""
+    """Return a rule for growing a crew: while its threads wait for the network, more of them."""
     wall, cpu = time.monotonic(), time.process_time()
 
     def grow(active: int) -> int:
@@ -4686,30 +4871,77 @@ def _by_cpu(limit: int) -> Callable[[int], int]:
             return 0
         busy = (used - cpu) / (now - wall)
         wall, cpu = now, used
-        return min(active, limit - active) if busy < 0.75 else 0
+        more = 0 if busy > 0.75 else active if busy > 0.3 else 3 * active
+        return min(more, limit - active)
 
     return grow
 
 
+def _quietly(look: Callable[[T, _Options], _Look | None], item: T, opt: _Options) -> _Look | None:
+    """Look and ask ahead; what goes wrong is met again, and reported, in the call's turn."""
+    try:
+        return look(item, opt)
+    except Exception:
+        return None
+
+
 def _each(
-    act: Callable[[T, _Options], None], items: Iterator[T], workers: int | None, opt: _Options
+    act: Callable[[T, _Options], None],
+    items: Iterator[T],
+    opt: _Options,
+    workers: int | None = None,
+    look: Callable[[T, _Options], _Look | None] | None = None,
 ) -> None:
-    """Act on every item in a crew of threads; the first error stops all and is raised."""
-    lock, switch = threading.Lock(), _Stop(opt.switch)
-    inner = opt.under(switch)
+    """Act on every item in a crew of threads; the first error stops all and is raised.
+
+    With ``look`` a worker asks for its next objects before it reads the present one: a near server
+    answers faster than threads take turns, so that one who asks ahead beats many who wait.
+    """
+    lock, switch, limit = threading.Lock(), _Stop(opt.switch), workers or _BATCH_LIMIT
+    threads, waiting, more = 1, 0, _by_cpu(limit)  # waiting: begun ahead, over all threads
+
+    def grow(active: int) -> int:
+        nonlocal threads
+        with lock:
+            count = max(0, min(more(active), limit - threads - waiting))
+            threads += count
+            return count
+
+    def take(begun: int, quick: bool) -> list[T]:
+        """Return what a worker begins with now: itself and all others keep within the limit."""
+        nonlocal waiting
+        with lock:
+            room = min(_AHEAD, limit - threads - waiting) if quick else 0
+            taken = list(itertools.islice(items, max(1 - begun, room + 1 - begun, 0)))
+            waiting += len(taken)
+            return taken
 
     def work() -> None:
-        while not switch.event.is_set():
-            with lock:
-                try:
-                    item = next(items)
-                except StopIteration:
+        nonlocal waiting
+        inner, quick = opt.under(switch), False
+        begun: list[tuple[T, _Look | None]] = []
+        try:
+            while not switch.event.is_set():
+                if len(begun) < 2:
+                    for item in take(len(begun), quick):
+                        begun.append(
+                            (item, _quietly(look, item, inner) if look and quick else None)
+                        )
+                if not begun:
                     return
-            act(item, inner)
+                since = time.monotonic()
+                with lock:
+                    waiting -= 1
+                item, inner.look = begun.pop(0)
+                act(item, inner)
+                quick = look is not None and time.monotonic() - since < _AHEAD_WITHIN
+        finally:
+            for _, left in begun:
+                if left:
+                    left.close()
 
     try:
-        grow = _by_cpu(_BATCH_LIMIT) if workers is None else lambda _: 0
-        _Crew(work, switch).run(workers or _BATCH_WORKERS, grow)
+        _Crew(work, switch).run(1, grow)
     finally:
         if opt.switch:
             opt.switch.drop(switch)
@@ -4816,9 +5048,14 @@ class _Tree:
         head = f"{self.id}_{access}{_digest(*lines)[:16]}_"
         tail = _tail(self.source.name, _NAME_LIMIT - len(head))
         path = os.path.join(self.store.trees, head + tail)
-        if _is_whole_tree(path, names, keys):
-            self.store.confirm(path)
-            return self.result(path, "revalidated", size)
+        with _Flight(self.store, self.id):  # who waits for another thread's finds it whole
+            if _is_whole_tree(path, names, keys):
+                self.store.confirm(path)
+                return self.result(path, "revalidated", size)
+            return self.assemble(path, names, keys)
+
+    def assemble(self, path: str, names: list[str], keys: list[_Key]) -> LocalizedResource | None:
+        """Make the directory that a listing describes; None if it changes meanwhile."""
         with _Disk(self.store.trees):
             self.store.make(self.store.trees)
             if _folds_case(self.store):
@@ -4832,6 +5069,7 @@ class _Tree:
             self.publish(aside, path, names, keys)
         finally:
             _remove_tree(aside)
+        size = sum(key.size for key in keys)
         return self.result(path, "downloaded" if self.fetched else "revalidated", size)
 
     def fill(self, aside: str, names: list[str], keys: list[_Key]) -> None:
@@ -4853,17 +5091,43 @@ class _Tree:
                         raise
             raise CacheError("An entry disappears while it is linked", uri=self.source.uri)
 
-        _each(bring, zip(names, keys), None, self.opt)
+        _each(bring, zip(names, keys), self.opt, look=self.look)
+
+    def entry(self, key: _Key, look: _Look) -> _Entry | None:
+        """Return the entry that a line of the listing describes."""
+        for entry in look.held:
+            if key.etag and entry.etag == key.etag and entry.size == key.size:
+                return entry
+        look.held = []  # of another version: no condition
+        return None
+
+    def look(self, item: tuple[str, _Key], opt: _Options) -> _Look:
+        """Look for a file of the listing; ask ahead for it if we do not hold it."""
+        source = self.source.child(item[1].key)
+        look = _Look(source, opt)
+        if not self.entry(item[1], look):
+            look.ask_ahead(source, opt)
+        return look
 
     def file(self, key: _Key, opt: _Options) -> str:
         """Return the entry of one file of the listing, downloaded if we do not hold it."""
         source = self.source.child(key.key)
-        ident = _ident(source)
-        with _TURN, _Flight(self.store, ident):  # first: what another tree fetches is seen
-            for entry in self.store.find(ident, source.signed):
-                if key.etag and entry.etag == key.etag and entry.size == key.size:
-                    return entry.path
-            found = _Fetch(source, opt, ident).run([])
+        look, opt.look = opt.look or _Look(source, opt), None
+        entered = _TURN.enter()
+        try:
+            entry = self.entry(key, look)
+            if entry:
+                return entry.path
+            with _Flight(self.store, look.ident) as flight:
+                if flight.waited:  # what another tree fetches is seen
+                    look.held = self.store.find(look.ident, source.signed)
+                    entry = self.entry(key, look)
+                    if entry:
+                        return entry.path
+                found = _Fetch(source, opt, look).run([])
+        finally:
+            _TURN.exit(entered)
+            look.close()
         self.fetched = self.fetched or not found.from_cache
         if found.size != key.size or (key.etag and found.etag != key.etag):
             self.changed = True
@@ -4890,10 +5154,11 @@ def _may_be_tree(source: _Source) -> bool:
 
 def _cached(source: _Source, opt: _Options) -> LocalizedResource:
     """Return one object from the cache, from the server, or from whichever of the two can."""
-    store, ident = opt.store, _ident(source)
-    # 1. What we hold. Private entries are for whoever asks with credentials, or for callers who
-    #    do not insist on going without.
-    entries = store.find(ident, source.signed or opt.access.anonymous is not True)
+    store, look = opt.store, opt.look
+    # 1. What we hold.
+    if look is None or look.place_id != (source.signed, source.place_id):
+        look = _Look(source, opt)
+    ident, entries, held = look.ident, look.entries, look.held
     # 2. Offline, or young enough: no request.
     for entry in entries[:1]:
         if _is_fresh(opt, store.validated(entry)):
@@ -4906,10 +5171,9 @@ def _cached(source: _Source, opt: _Options) -> LocalizedResource:
     if opt.offline:
         raise OfflineError("Not in the cache, and offline", uri=source.uri)
     # 3. Ask; threads that miss together ask one after the other.
-    held = entries if source.signed else [entry for entry in entries if not entry.private]
     try:
         if held:
-            return _Fetch(source, opt, ident).run(held)
+            return _Fetch(source, opt, look).run(held)
         with _Flight(store, ident) as flight:
             waited = flight.waited
             if store.recently_partial() and store.pulse(ident):
@@ -4918,7 +5182,7 @@ def _cached(source: _Source, opt: _Options) -> LocalizedResource:
                 lock.release()
             if waited:
                 held = store.find(ident, source.signed)
-            return _Fetch(source, opt, ident).run(held)
+            return _Fetch(source, opt, look).run(held)
     except TransferError as error:
         if not held and _may_be_tree(source):
             return _Tree(source, opt).stale(error)
@@ -4941,6 +5205,32 @@ def _local(text: str) -> LocalizedResource:
     return LocalizedResource(path, False, "local", "local", text, None, size)
 
 
+def _look_at(text: str, opt: _Options, connect: bool = True) -> _Look | None:
+    """Look for a single object, and ask ahead for it, unless it might be served without asking."""
+    target = _target(text)
+    if target.kind == "local" or target.key.endswith("/") or opt.offline or opt.max_age > 0:
+        return None
+    source = next(opt.access.sources(target, opt.version))
+    look = _Look(source, opt)
+    look.ask_ahead(source, opt, connect)
+    return look
+
+
+def _object(target: _Target, opt: _Options) -> LocalizedResource:
+    """Localize a single object, in its turn."""
+
+    def ahead() -> None:  # another thread's time: too short for connecting
+        opt.look = _quietly(partial(_look_at, connect=False), target.text, opt)
+
+    entered = _TURN.enter(None if opt.look else ahead)
+    try:
+        return opt.access.attempt(target, opt.version, lambda source: _cached(source, opt))
+    finally:
+        _TURN.exit(entered)
+        if opt.look:
+            opt.look.close()
+
+
 def _localize(text: str, opt: _Options) -> LocalizedResource:
     """Localize one resource of any kind."""
     target = _target(text)
@@ -4949,16 +5239,14 @@ def _localize(text: str, opt: _Options) -> LocalizedResource:
         raise ValueError("version_id is for single s3:// objects")
     if target.kind == "local":
         return _local(text)
+    missing: NotFoundError | None = None
     if not is_tree:
         try:
-            with _TURN:
-                return opt.access.attempt(target, opt.version, lambda source: _cached(source, opt))
+            return _object(target, opt)
         except NotFoundError as error:
             if error.code != "NoSuchKey" or opt.version is not None:
                 raise
-            missing: NotFoundError | None = error
-    else:
-        missing = None
+            missing = error
 
     def tree(source: _Source) -> LocalizedResource:
         return _Tree(source, opt).localize()
@@ -5120,7 +5408,8 @@ def get_local_paths_for_resources(
     uris : iterable of str or os.PathLike
         May be a generator, which is read as work goes on. Each URI is asked for once.
     max_workers : int, optional
-        Threads. Default: a few, and more as long as they wait for the network.
+        Requests on their way at a time, at most; default 32. On a fast server one thread does all
+        the work; others join it while it waits for the network.
     executor : concurrent.futures.Executor, optional
         Where to work instead: threads or processes of the standard library,
         ``dask.distributed.Client.get_executor()``, ``mpi4py.futures``. Its ``map`` is used.
@@ -5161,6 +5450,9 @@ def get_local_paths_for_resources(
     try:
         if executor is None:
 
+            def look(item: tuple[int, str], inner: _Options) -> _Look | None:
+                return _look_at(item[1], inner)
+
             def act(item: tuple[int, str], inner: _Options) -> None:
                 try:
                     results[item[0]] = _localize(item[1], inner)
@@ -5169,7 +5461,9 @@ def get_local_paths_for_resources(
                         raise
                     results[item[0]] = error
 
-            _each(act, work, max_workers, opt)
+            # A list can be looked ahead of; a generator may take its time with the next one.
+            ready = hasattr(uris, "__len__")
+            _each(act, work, opt, max_workers, look if ready else None)
         else:
             _sendable(options, executor)
             if options.get("cache_dir") and not os.fspath(options["cache_dir"]).startswith("~"):
@@ -5371,7 +5665,7 @@ def _jobs_arg(text: str) -> int:
     return int(text)
 
 
-_jobs_arg.__name__ = "number of threads"
+_jobs_arg.__name__ = "number of requests"
 _size_arg.__name__, _age_arg.__name__ = "size, such as 10GB", "age, such as 30d"
 
 
@@ -5517,7 +5811,7 @@ def _parser() -> Any:
     get = verb("get", _do_get, "Print the local path of each resource, downloaded if need be.")
     get.add_argument("uris", nargs="+", metavar="URI", help="s3://, http(s)://, a path, or -")
     get.add_argument(
-        "-j", "--jobs", type=_jobs_arg, metavar="N", help="threads (default: as it fits)"
+        "-j", "--jobs", type=_jobs_arg, metavar="N", help="requests at a time (default: 32)"
     )
     get.add_argument("--max-age", type=_age_arg, default=0.0, metavar="AGE", help="such as 12h")
     get.add_argument("--offline", action="store_true", help="never touch the network")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +18,7 @@ from typing import Any, Callable
 
 import pytest
 from conftest import BUCKET, Run
-from server import Server
+from server import BYE, RESET, Server
 from subject import name as subject_name
 from subject import s3c
 
@@ -288,6 +289,137 @@ def test_a_slow_network_is_given_more_workers(
     get_all(many(150))
     assert time.monotonic() - began < 0.05 * 150 / 4  # three workers would take 2.5 s
     assert 6 < server.connections <= 32
+
+
+# ==== Asking ahead ============================================================================
+
+
+def most_at_once(server: Server) -> list[int]:
+    """Watch how many requests the server works on; the last number is the most so far."""
+    busy, most, lock = [0], [0], threading.Lock()
+
+    def watch(_: object) -> None:
+        with lock:
+            busy[0] += 1
+            most.append(max(most[-1], busy[0]))
+        time.sleep(0.003)
+        with lock:
+            busy[0] -= 1
+
+    server.before = watch
+    return most
+
+
+@pytest.mark.parametrize(("within", "at_once"), [(0.5, range(3, 6)), (0.0, range(1, 2))])
+def test_a_worker_asks_ahead_while_objects_come_quickly(
+    server: Server,
+    many: Callable[[int], list[str]],
+    get_all: Get,
+    monkeypatch: pytest.MonkeyPatch,
+    within: float,
+    at_once: range,
+) -> None:
+    monkeypatch.setattr(s3c, "_AHEAD_WITHIN", within)
+    monkeypatch.setattr(s3c, "_by_cpu", lambda limit: lambda active: 0)  # one worker
+    most = most_at_once(server)
+    assert numbers(get_all(many(40))) == list(range(40))
+    assert most[-1] in at_once
+
+
+def test_what_is_asked_ahead_is_asked_once(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    server.latency = 0.05  # for many workers
+    for status in "downloaded", "revalidated":
+        server.seen.clear()
+        assert {r.status for r in get_all(many(150))} == {status}
+        assert sorted(Counter(keys_of(server)).values()) == [1] * 150
+
+
+def test_what_is_held_is_asked_for_ahead_with_a_condition(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    get_all(many(20))
+    server.seen.clear()
+    get_all(many(20))
+    assert all("if-none-match" in request.headers for request in server.seen)
+
+
+@pytest.mark.parametrize("options", [{"max_age": 60}, {"offline": True}])
+def test_nothing_is_asked_ahead_that_needs_no_request(
+    server: Server, many: Callable[[int], list[str]], get_all: Get, options: dict[str, Any]
+) -> None:
+    uris = many(20)
+    get_all(uris)
+    server.seen.clear()
+    assert numbers(get_all(uris, **options)) == list(range(20))
+    assert server.seen == []
+
+
+@pytest.mark.parametrize("end", [RESET, BYE])
+def test_a_connection_that_dies_with_a_request_sent_ahead_costs_a_new_one(
+    server: Server,
+    many: Callable[[int], list[str]],
+    get_all: Get,
+    caplog: pytest.LogCaptureFixture,
+    end: Any,
+) -> None:
+    caplog.set_level("DEBUG")
+    for number in range(10, 16):
+        server.on_path(f"/{number}.txt", raw=[end], times=1)
+    assert numbers(get_all(many(40))) == list(range(40))
+    assert "retry" not in caplog.text
+
+
+def test_an_answer_that_nobody_wanted_is_no_answer_to_the_next_request(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    uris = many(60)
+    server.latency = 0.002
+    server.on_path("many/20.txt", 403, code="AccessDenied")
+    for _ in range(5):
+        with pytest.raises(s3c.AccessDeniedError):
+            get_all(uris)
+        assert numbers(get_all(uris[30:])) == list(range(30, 60))
+        assert s3c._POOL._all <= set(s3c._POOL._idle), "a connection is open and not kept"
+
+
+def test_what_vanishes_while_it_is_asked_for_ahead_is_fetched_again(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    uris = many(30)
+    lost = get_all(uris)[15].path
+
+    def lose(request: Any) -> None:  # it has been looked up: it is asked for with a condition
+        if request.path.endswith("/15.txt") and "if-none-match" in request.headers:
+            lost.unlink()
+
+    server.before = lose
+    assert numbers(get_all(uris)) == list(range(30))
+
+
+def test_bad_uris_are_met_in_their_turn(many: Callable[[int], list[str]], get_all: Get) -> None:
+    uris = many(20)
+    uris[10:10] = ["ftp://host/x", "s3://", f"s3://{BUCKET}/missing", "/no/such/file"]
+    results = get_all(uris, return_exceptions=True)
+    kinds = [ValueError, ValueError, s3c.NotFoundError, s3c.NotFoundError]
+    assert [isinstance(r, kind) for r, kind in zip(results[10:14], kinds)] == [True] * 4
+    assert numbers(results[:10] + results[14:]) == list(range(20))
+
+
+def test_progress_may_call_us(
+    many: Callable[[int], list[str]], get_all: Get, publish: Publish, cache: Path
+) -> None:
+    other = publish(b"other", "other.txt")
+    called: list[int] = []
+
+    def progress(size: int) -> None:
+        called.append(s3c.get_local_path_for_resource(other, cache_dir=cache).size)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda uri: get_all([uri], progress=progress), many(12)))
+    assert called == [5] * 12
+    assert not s3c._TURN._taken, "a turn was never given back"
 
 
 THREADS = """
