@@ -1812,8 +1812,10 @@ class _Patience:
         switch: _Stop | None = None,
         sleep: Callable[[float], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        gauge: Callable[[], int] = int,
     ) -> None:
         self.switch, self.clock = switch, clock
+        self.gauge, self.reached = gauge, 0  # what others bring is progress, too
         self.sleep = sleep or (switch.event.wait if switch else time.sleep)
         self.attempt, self.since = 0, clock()
 
@@ -1825,10 +1827,15 @@ class _Patience:
         """Wait before the next attempt, or raise the error."""
         # `random` would do, and imports hashlib and more; this is one system call.
         chance = int.from_bytes(os.urandom(4), "big") / 2**32
+        reached = self.gauge()
+        if reached > self.reached:
+            self.reached = reached
+            self.progress()
         elapsed = self.clock() - self.since
         delay = _retry_delay(error._retry, self.attempt, elapsed, error._retry_after, chance)
         if delay is None or not _QUOTA.take():
-            error.attempts = self.attempt + 1
+            error.attempts = max(error.attempts, self.attempt + 1)
+            error._retry = "no"  # whoever called us has no patience of its own to add
             raise error
         self.attempt += 1
         _TURN.leave()
@@ -4439,7 +4446,7 @@ class _Download:
         self.file.hold()
         try:
             buffer = memoryview(bytearray(_BUFFER))
-            patience = _Patience(self.switch)
+            patience = _Patience(self.switch, gauge=partial(self.file.state.count, 2))
             while True:
                 with self.file.lock:
                     first, self.first = self.first, None
@@ -4583,7 +4590,6 @@ class _Fetch:
         self.plain = False  # ask without range and conditions
         self.doubted = False  # bytes were not as promised: use nothing of that try
         self.changes = 0
-        self.left: _Partial | None = None  # of our last attempt: copied from, then removed
         self.look = look
 
     def run(self, held: list[_Entry]) -> LocalizedResource:
@@ -4735,8 +4741,6 @@ class _Fetch:
             if first:
                 file.take_first(answer.stop or 0)
             copied = 0 if self.doubted else file.adopt()
-            if self.left:
-                self.left.discard()
             _log(_INFO, "downloading %s: %d bytes, %d found", source.uri, total, copied)
             for name, promised in _digests(source, answer):
                 hashes.append((_Behind(file, name), promised, name))
@@ -4755,7 +4759,6 @@ class _Fetch:
                 behind.cancel()
             if not isinstance(error, (TransferError, KeyboardInterrupt)) or 2 not in file.state:
                 file.discard()
-            self.left = file
             raise
         finally:
             file.close()

@@ -385,6 +385,18 @@ def test_progress_refills_patience(patience: Any, clock: Clock) -> None:
     assert clock.now < 60
 
 
+def test_what_others_bring_refills_patience(clock: Clock) -> None:
+    brought = [0]
+    patience = s3c._Patience(None, clock.sleep, clock, lambda: brought[0])
+    for _ in range(50):
+        brought[0] += 1
+        patience.after(failing("soon"))
+    for _ in range(7):
+        patience.after(failing("soon"))
+    with pytest.raises(s3c.TransferError, match="after 9 attempts"):
+        patience.after(failing("soon"))
+
+
 def test_patience_ends_by_time_too(patience: Any, clock: Clock) -> None:
     clock.now = 61
     with pytest.raises(s3c.TransferError):
