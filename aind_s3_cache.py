@@ -674,6 +674,14 @@ class _Place:
         return f"{self.origin[0]}://{self.netloc}{self.target.partition('?')[0]}"
 
 
+def _basic(userinfo: str) -> str:
+    """Return the Authorization header for ``user:password`` of a URL (RFC 7617)."""
+    from base64 import b64encode
+    from urllib.parse import unquote_to_bytes
+
+    return "Basic " + b64encode(unquote_to_bytes(userinfo)).decode("ascii")
+
+
 @lru_cache(maxsize=256)
 def _place(url: str) -> _Place:
     """Parse an http(s) URL; user and password are split off before anything can resolve them."""
@@ -697,14 +705,6 @@ def _place(url: str) -> _Place:
     if not name or not _HOST.issuperset(name) or not 0 < number < 65536:
         raise bad
     return _Place((scheme, name.lower(), number), target, _basic(userinfo) if at else None)
-
-
-def _basic(userinfo: str) -> str:
-    """Return the Authorization header for ``user:password`` of a URL (RFC 7617)."""
-    from base64 import b64encode
-    from urllib.parse import unquote_to_bytes
-
-    return "Basic " + b64encode(unquote_to_bytes(userinfo)).decode("ascii")
 
 
 def _is_region(name: str) -> bool:
@@ -761,6 +761,17 @@ def _content_range(headers: dict[str, str]) -> tuple[int, int, int] | None:
     return (start, end + 1, size) if start <= end < size else None  # type: ignore[operator,return-value]
 
 
+def _clean(value: str) -> bool:
+    """Tell whether a header value is free of control characters."""
+    return value.isprintable() or not any((c < " " and c != "\t") or c == "\x7f" for c in value)
+
+
+@lru_cache(maxsize=256)
+def _field_name(name: str) -> str:
+    """Return a header's name in lower case; "" for folded lines and spaces before the colon."""
+    return name.lower() if name == name.strip() else ""  # RFC 9112, 5.1 and 5.2
+
+
 def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     """Return status, headers by lower-case name, and whether the peer speaks HTTP/1.1."""
     lines = head.decode("latin-1").split("\r\n")
@@ -779,17 +790,6 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
         value = value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return status, headers, version == "HTTP/1.1"
-
-
-@lru_cache(maxsize=256)
-def _field_name(name: str) -> str:
-    """Return a header's name in lower case; "" for folded lines and spaces before the colon."""
-    return name.lower() if name == name.strip() else ""  # RFC 9112, 5.1 and 5.2
-
-
-def _clean(value: str) -> bool:
-    """Tell whether a header value is free of control characters."""
-    return value.isprintable() or not any((c < " " and c != "\t") or c == "\x7f" for c in value)
 
 
 def _etag(headers: dict[str, str]) -> str | None:
@@ -1327,8 +1327,6 @@ class _Pool:
 
 
 _POOL = _Pool()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _POOL.after_fork())
 
 
 def _first_env(*names: str) -> str:
@@ -1453,32 +1451,6 @@ def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None
         raise TransferError(f"Proxy {proxy} refuses a tunnel", status=status, retry=kind)
 
 
-def _connect(place: _Place, proxy: _Place | None, key: tuple[Any, ...], env: _Env) -> _Connection:
-    """Open a connection, through a proxy and TLS where needed."""
-    _TURN.leave()
-    deadline = time.monotonic() + _CONNECT_TOTAL
-    try:
-        sock = _dial((proxy or place).origin, deadline)
-    except OSError as error:  # it is the proxy that does not answer: say so
-        raise _wire_error(error, proxy or place) from None
-    try:
-        if place.origin[0] == "https":
-            if proxy:
-                _tunnel(sock, place, proxy, deadline)
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            # Without close_notify a cut connection looks like an end: ragged ends are errors.
-            sock = _tls_context(env.ca).wrap_socket(
-                sock, server_hostname=place.origin[1], suppress_ragged_eofs=False
-            )
-        sock.settimeout(_STALL_TIMEOUT)
-    except BaseException:
-        sock.close()
-        raise
-    connection = _Connection(sock, key)
-    _POOL.add(connection)
-    return connection
-
-
 def _timed_out(error: Exception) -> bool:
     return isinstance(error, TimeoutError) or type(error).__name__ == "timeout"  # 3.9's
 
@@ -1511,6 +1483,32 @@ def _wire_error(error: Exception, place: _Place) -> S3CacheError:
         return make(f"Cannot trust the certificate of {where}: {reason}", hint=hint)
     reason = os.strerror(number) if number and number > 0 and os.name == "posix" else str(error)
     return make(f"Connection to {where} failed: {_printable(reason)}", retry="soon")
+
+
+def _connect(place: _Place, proxy: _Place | None, key: tuple[Any, ...], env: _Env) -> _Connection:
+    """Open a connection, through a proxy and TLS where needed."""
+    _TURN.leave()
+    deadline = time.monotonic() + _CONNECT_TOTAL
+    try:
+        sock = _dial((proxy or place).origin, deadline)
+    except OSError as error:  # it is the proxy that does not answer: say so
+        raise _wire_error(error, proxy or place) from None
+    try:
+        if place.origin[0] == "https":
+            if proxy:
+                _tunnel(sock, place, proxy, deadline)
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            # Without close_notify a cut connection looks like an end: ragged ends are errors.
+            sock = _tls_context(env.ca).wrap_socket(
+                sock, server_hostname=place.origin[1], suppress_ragged_eofs=False
+            )
+        sock.settimeout(_STALL_TIMEOUT)
+    except BaseException:
+        sock.close()
+        raise
+    connection = _Connection(sock, key)
+    _POOL.add(connection)
+    return connection
 
 
 class _Body:
@@ -2243,7 +2241,7 @@ class _Signed(_S3):
 
 
 class _File(_Source):
-    """A local file, read like the others."""
+    """A local file, read whole like the others."""
 
     what, kind = "Local path", "local"
 
@@ -2260,11 +2258,7 @@ class _File(_Source):
             message = f"Cannot read {_printable(self.path)}: {error.strerror}"
             raise cls(message, errno=error.errno) from None
         size = os.fstat(file.fileno()).st_size
-        if ask.start is None:
-            return _Answer(200, {"content-length": str(size)}, file)
-        file.seek(ask.start)
-        stop = size if ask.stop is None else min(ask.stop, size)
-        return _Answer(206, {"content-range": f"bytes {ask.start}-{stop - 1}/{size}"}, file)
+        return _Answer(200, {"content-length": str(size)}, file)
 
 
 _CLIENT_LOCK = threading.Lock()
@@ -2630,21 +2624,7 @@ _TAG = (
 _NAME_LIMIT = 240  # bytes of a file name: 255 less what our stamps put before it
 _NEW = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _NEW |= getattr(os, "O_BINARY", 0)
-_SAFE_NAME = _BUCKET
-
-
-class _Disk:
-    """Turns the errors of the file system within a block into a CacheError that says enough."""
-
-    def __init__(self, path: str, need: int = 0) -> None:
-        self._path, self._need = path, need
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, S3CacheError):
-            raise _disk_error(error, self._path, self._need) from None
+_SAFE_NAME = _BUCKET  # letters, digits and ".-_": what every file system can hold
 
 
 def _free(path: str) -> int | None:
@@ -2678,6 +2658,20 @@ def _disk_error(error: OSError, path: str, need: int = 0) -> CacheError:
     return CacheError(message, errno=number, hint=hint or None)
 
 
+class _Disk:
+    """Turns the errors of the file system within a block into a CacheError that says enough."""
+
+    def __init__(self, path: str, need: int = 0) -> None:
+        self._path, self._need = path, need
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, S3CacheError):
+            raise _disk_error(error, self._path, self._need) from None
+
+
 _SERIAL = itertools.count()
 
 
@@ -2689,6 +2683,11 @@ def _process_id() -> str:
 def _random() -> str:
     """Return a name that no other process, thread or host makes."""
     return f"{_process_id()}{next(_SERIAL):x}"
+
+
+def _aside(directory: str) -> str:
+    """Return a path for what is being made or removed there; the sweep collects it if we die."""
+    return f"{directory}{os.sep}.t{_random()}"
 
 
 def _tail(name: str, room: int) -> str:
@@ -2799,7 +2798,7 @@ def _rename(source: str, target: str) -> None:
         try:
             return os.replace(source, target)
         except IsADirectoryError:  # none of ours: aside with it, where the sweep finds it
-            os.rename(target, os.path.join(os.path.dirname(target), f".t{_random()}"))
+            os.rename(target, _aside(os.path.dirname(target)))
         except PermissionError:
             if os.name != "nt":
                 raise
@@ -2825,15 +2824,6 @@ def _checksum(crcs: Sequence[int]) -> str:
     return f"{crc32(b''.join(c.to_bytes(4, 'big') for c in crcs)):08x}"
 
 
-def _crc_of_bytes(data: memoryview) -> str:
-    from zlib import crc32
-
-    if len(data) <= _CHUNK:
-        return f"{crc32(data):08x}"
-    starts = range(0, len(data), _CHUNK)
-    return _checksum([crc32(data[at : at + _CHUNK]) for at in starts])
-
-
 def _crc_of_file(path: str) -> str:
     """Read a file back and return its checksum."""
     from zlib import crc32
@@ -2856,7 +2846,7 @@ def _crc_of_file(path: str) -> str:
 _KNOWN_ROOTS: dict[str, tuple[int, int]] = {}  # root -> (device, inode) once found safe
 
 
-def _guard(path: str, error_path: str) -> None:
+def _guard(path: str) -> None:
     """Refuse a directory that another user may have planted or can write to."""
     if not hasattr(os, "geteuid"):
         return
@@ -2864,7 +2854,7 @@ def _guard(path: str, error_path: str) -> None:
     mine = found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode)
     if not mine or found.st_mode & 0o022:
         raise CacheError(
-            f"Unsafe cache directory {_printable(error_path)}: it belongs to, or can be changed by,"
+            f"Unsafe cache directory {_printable(path)}: it belongs to, or can be changed by,"
             " another user",
             errno=errno.EPERM,
             hint="Give a cache_dir of your own",
@@ -2877,6 +2867,39 @@ def _others_write(path: str) -> bool:
         return bool(os.stat(path).st_mode & stat.S_IWOTH) and os.name == "posix"
     except OSError:
         return False
+
+
+def _newest(*paths: str) -> float:
+    """Return the latest modification time of the paths that exist, else 0."""
+    found = 0.0
+    for path in paths:
+        try:
+            found = max(found, os.lstat(path).st_mtime)
+        except OSError:
+            pass
+    return found
+
+
+def _sidecar(path: str, kind: str) -> str:
+    """Return the file beside an entry whose time is that of its last use (u), or validation (v)."""
+    directory, name = os.path.split(path)
+    return f"{directory}{os.sep}.{kind}{name}"
+
+
+_UTIME_OF_LINKS = os.utime in os.supports_follow_symlinks
+
+
+def _touch(path: str) -> None:
+    """Set a stamp to now; where that cannot be, it is no harm."""
+    try:
+        os.utime(path, follow_symlinks=not _UTIME_OF_LINKS)
+    except FileNotFoundError:
+        try:
+            os.close(os.open(path, os.O_WRONLY | _NEW, 0o666))
+        except OSError:
+            pass
+    except OSError:
+        pass
 
 
 class _Store:
@@ -2903,7 +2926,7 @@ class _Store:
         # By inode, so that a directory put in its place is looked at again.
         if _KNOWN_ROOTS.get(self.root) != (found.st_dev, found.st_ino):
             if _others_write(self.cache_dir):
-                _guard(self.root, self.root)
+                _guard(self.root)
             _KNOWN_ROOTS[self.root] = found.st_dev, found.st_ino
         self._found = stat.S_ISDIR(found.st_mode)
         return self._found
@@ -2963,39 +2986,17 @@ class _Store:
 
     def validated(self, entry: _Entry) -> float:
         """Return when the server last confirmed an entry (seconds since the epoch, UTC)."""
-        return max(entry.stamp, self._sidecar(entry.path, "v"))
-
-    @staticmethod
-    def _sidecar(path: str, kind: str) -> float:
-        directory, name = os.path.split(path)
-        try:
-            return os.lstat(os.path.join(directory, f".{kind}{name}")).st_mtime
-        except OSError:
-            return 0.0
-
-    @staticmethod
-    def _touch_sidecar(path: str, kind: str) -> None:
-        directory, name = os.path.split(path)
-        sidecar = os.path.join(directory, f".{kind}{name}")
-        try:
-            os.utime(sidecar, follow_symlinks=os.utime not in os.supports_follow_symlinks)
-        except FileNotFoundError:
-            try:
-                os.close(os.open(sidecar, os.O_WRONLY | _NEW, 0o666))
-            except OSError:
-                pass
-        except OSError:
-            pass
+        return max(entry.stamp, _newest(_sidecar(entry.path, "v")))
 
     def confirm(self, path: str) -> bool:
         """Stamp a path as validated just now; False if it is gone. A read-only cache will do."""
         try:
-            os.utime(path, follow_symlinks=os.utime not in os.supports_follow_symlinks)
+            os.utime(path, follow_symlinks=not _UTIME_OF_LINKS)
         except FileNotFoundError:
             return False
         # Only the owner may set times: in a group's cache a stamp beside the entry stands in.
         except PermissionError:
-            self._touch_sidecar(path, "v")
+            _touch(_sidecar(path, "v"))
         except OSError:
             pass
         return True
@@ -3003,8 +3004,9 @@ class _Store:
     def used(self, path: str, stamp: float) -> None:
         """Stamp a path as used just now, at most once an hour."""
         # Not atime: relatime and noatime mounts make it useless.
-        if time.time() - max(stamp, self._sidecar(path, "u")) > _USE_GRAIN:
-            self._touch_sidecar(path, "u")
+        sidecar = _sidecar(path, "u")
+        if time.time() - max(stamp, _newest(sidecar)) > _USE_GRAIN:
+            _touch(sidecar)
 
     def name(
         self, ident: str, private: bool, validator: str, size: int, crc: str, name: str
@@ -3015,7 +3017,7 @@ class _Store:
     def add(self, ident: str, name: str, data: memoryview, private: bool) -> str:
         """Publish a small object: one private file, one write, one rename."""
         directory = self.shard(ident)
-        temporary = f"{directory}{os.sep}.t{_random()}"
+        temporary = _aside(directory)
         final = directory + os.sep + name
         mode = 0o600 if private else 0o444
         with _Disk(directory, len(data)):
@@ -3043,16 +3045,10 @@ class _Store:
             if name.startswith(prefix) and name.endswith(".log")
         ]
 
-    def drop_partials(self, prefix: str, older_than: float | None = None) -> list[str]:
-        """Remove partial files; with an age, only those that have not grown since."""
-        gone = []
+    def drop_partials(self, prefix: str) -> None:
         for path in self.partials(prefix):
-            if older_than is not None and _newest(path + ".log", path + ".data") > older_than:
-                continue
             _unlink(path + ".data")
             _unlink(path + ".log")
-            gone.append(path + ".data")
-        return gone
 
     def pulse(self, ident: str) -> int:
         """Return a number that changes while somebody downloads this object; 0 if nobody does."""
@@ -3071,17 +3067,6 @@ class _Store:
             self._looked = now
             self._recent = time.time() - _newest(self.partial) < 600
         return self._recent
-
-
-def _newest(*paths: str) -> float:
-    """Return the latest modification time of the paths that exist."""
-    found = 0.0
-    for path in paths:
-        try:
-            found = max(found, os.lstat(path).st_mtime)
-        except OSError:
-            pass
-    return found
 
 
 class _Lock:
@@ -3154,7 +3139,7 @@ class _Spool:
         self, store: _Store, ident: str, private: bool, need: int, hashes: list[str]
     ) -> None:
         self.directory, self.need, self._names = store.shard(ident), need, hashes
-        self._path = os.path.join(self.directory, f".t{_random()}")
+        self._path = _aside(self.directory)
         with _Disk(self.directory, need):
             self._fd = store.create(self._path, os.O_WRONLY, 0o600 if private else 0o444)
         self._reset()
@@ -3193,6 +3178,20 @@ class _Spool:
         if self._fd >= 0:
             os.close(self._fd)
         _unlink(self._path)
+
+
+def _parse_log(data: bytes, count: int) -> dict[int, int]:
+    """Return chunk -> CRC32 of a log; torn and foreign lines are skipped."""
+    found: dict[int, int] = {}
+    for line in data[: data.rfind(b"\n") + 1].splitlines():
+        index, _, crc = line.partition(b" ")
+        try:
+            at = int(index, 16)
+            if len(crc) == 8 and 0 <= at < count:
+                found[at] = int(crc, 16)
+        except ValueError:
+            pass
+    return found
 
 
 class _Partial:
@@ -3260,10 +3259,6 @@ class _Partial:
 
     def chunk(self, index: int) -> tuple[int, int]:
         return index * _CHUNK, min((index + 1) * _CHUNK, self.total)
-
-    @property
-    def complete(self) -> bool:
-        return self.state.count(2) == self.count
 
     def adopt(self) -> int:
         """Copy what peers and the dead have finished of this object; return the bytes copied."""
@@ -3350,20 +3345,6 @@ class _Partial:
     def discard(self) -> None:
         _unlink(self.path + ".data")
         _unlink(self.path + ".log")
-
-
-def _parse_log(data: bytes, count: int) -> dict[int, int]:
-    """Return chunk -> CRC32 of a log; torn and foreign lines are skipped."""
-    found: dict[int, int] = {}
-    for line in data[: data.rfind(b"\n") + 1].splitlines():
-        index, _, crc = line.partition(b" ")
-        try:
-            at = int(index, 16)
-            if len(crc) == 8 and 0 <= at < count:
-                found[at] = int(crc, 16)
-        except ValueError:
-            pass
-    return found
 
 
 class _Record:
@@ -3535,6 +3516,20 @@ def _remove_tree(path: str) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def _inodes(paths: Iterable[str]) -> dict[tuple[int, int], int]:
+    """Return inode -> bytes on disk of the regular files among paths, each once."""
+    found = {}
+    for path in paths:
+        try:
+            s = os.lstat(path)
+        except OSError:
+            continue
+        if stat.S_ISREG(s.st_mode):
+            held = getattr(s, "st_blocks", 0) * 512 if path.endswith(".data") else s.st_size
+            found[s.st_dev, s.st_ino] = min(held, s.st_size)
+    return found
+
+
 class _Keeper:
     """What looks after a store: what it holds, what goes, what is damaged."""
 
@@ -3569,7 +3564,7 @@ class _Keeper:
         return units
 
     def _unit(self, entry: _Entry, validated: float, superseded: bool) -> _Unit:
-        used = max(validated, self.store._sidecar(entry.path, "u"))
+        used = max(validated, _newest(_sidecar(entry.path, "u")))
         superseded = superseded or entry.held != entry.size  # nobody will be served it
         record = CacheEntry(
             entry.path, entry.tail, "object", entry.held, used, validated, entry.etag,
@@ -3582,7 +3577,7 @@ class _Keeper:
         inodes = _inodes(files)
         name = os.path.basename(path).split("_", 2)[-1]
         stamp = _newest(path)
-        used = max(stamp, self.store._sidecar(path, "u"))
+        used = max(stamp, _newest(_sidecar(path, "u")))
         return _Unit(CacheEntry(path, name, "tree", sum(inodes.values()), used, stamp), inodes)
 
     def _part(self, path: str) -> _Unit:
@@ -3594,7 +3589,7 @@ class _Keeper:
 
     def now(self) -> float:
         """Return the time on the file system's clock, which the stamps are of."""
-        path = os.path.join(self.store.root, f".t{_random()}")
+        path = _aside(self.store.root)
         try:
             fd = os.open(path, os.O_WRONLY | _NEW, 0o600)
         except OSError:
@@ -3623,10 +3618,10 @@ class _Keeper:
         if entry.kind == "partial":
             if _newest(path + ".log", path + ".data") > entry.last_used:
                 return False
-            return bool(self.store.drop_partials(os.path.basename(path)))
-        aside = os.path.join(os.path.dirname(path), f".t{_random()}")
-        directory, name = os.path.split(path)
-        stamps = [os.path.join(directory, f".{kind}{name}") for kind in "uv"]
+            self.store.drop_partials(os.path.basename(path))
+            return True
+        aside = _aside(os.path.dirname(path))
+        stamps = [_sidecar(path, kind) for kind in "uv"]
         with _Disk(path):
             try:
                 if _newest(path, *stamps) > entry.last_used:
@@ -3703,20 +3698,6 @@ class _Keeper:
                     pass
 
 
-def _inodes(paths: Iterable[str]) -> dict[tuple[int, int], int]:
-    """Return inode -> bytes on disk of the regular files among paths, each once."""
-    found = {}
-    for path in paths:
-        try:
-            s = os.lstat(path)
-        except OSError:
-            continue
-        if stat.S_ISREG(s.st_mode):
-            held = getattr(s, "st_blocks", 0) * 512 if path.endswith(".data") else s.st_size
-            found[s.st_dev, s.st_ino] = min(held, s.st_size)
-    return found
-
-
 def _local_path(text: str) -> str:
     """Return the absolute path that a path or ``file:`` URI means, ``~`` expanded."""
     scheme = _scheme(text)
@@ -3737,7 +3718,7 @@ def _fallback_dir() -> str:
             os.mkdir(path, 0o700)
         except FileExistsError:
             pass
-    _guard(path, path)
+    _guard(path)
     return path
 
 
@@ -3767,6 +3748,10 @@ def _ident(source: _Source) -> str:
 # Loaders on top of the sources: they read, they do not cache. A document is a mapping, or an error.
 
 
+def _too_large(source: _Source, limit: int) -> InvalidJSONError:
+    return InvalidJSONError(f"JSON document of more than {_human(limit)}", uri=source.uri)
+
+
 def _collect(source: _Source, answer: _Answer, limit: int, patience: _Patience) -> bytearray:
     """Return a whole body of at most limit bytes."""
     if answer.total is None:
@@ -3780,10 +3765,6 @@ def _collect(source: _Source, answer: _Answer, limit: int, patience: _Patience) 
     sink = _Bytes(answer.total)
     _pull(source, answer, sink, answer.total, answer.total, patience)
     return sink.data
-
-
-def _too_large(source: _Source, limit: int) -> InvalidJSONError:
-    return InvalidJSONError(f"JSON document of more than {_human(limit)}", uri=source.uri)
 
 
 def _decompress(data: bytes, wbits: int, limit: int) -> bytes | None:
@@ -4285,8 +4266,9 @@ class _Flight:
 
 
 def _after_fork() -> None:
-    """Forget, in the child, locks that other threads of the parent held, and boto3's sockets."""
+    """Forget, in the child, all sockets, and the locks that threads of the parent held."""
     global _FLIGHTS_LOCK, _CLIENT_LOCK, _TURN
+    _POOL.after_fork()
     _TURN = _Turn()
     _FLIGHTS_LOCK, _CLIENT_LOCK = threading.Lock(), threading.Lock()
     _FLIGHTS.clear()
@@ -4353,6 +4335,15 @@ class _Crew:
         return not self.active
 
 
+def _read_at(fd: int, start: int, size: int) -> bytes:
+    """Read exactly so many bytes of our own file."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, size, start)
+    with _SEEK_LOCK:
+        os.lseek(fd, start, os.SEEK_SET)
+        return os.read(fd, size)
+
+
 class _Behind:
     """Hashes a growing partial file in order, beside its download."""
 
@@ -4397,15 +4388,6 @@ class _Behind:
         self._stop = True
         if not self._started:
             self._file.release()
-
-
-def _read_at(fd: int, start: int, size: int) -> bytes:
-    """Read exactly so many bytes of our own file."""
-    if hasattr(os, "pread"):
-        return os.pread(fd, size, start)
-    with _SEEK_LOCK:
-        os.lseek(fd, start, os.SEEK_SET)
-        return os.read(fd, size)
 
 
 class _Download:
@@ -4580,6 +4562,18 @@ class _Look:
             sent.close()
 
 
+def _held(source: _Source, entry: _Entry, status: str) -> LocalizedResource:
+    return LocalizedResource(
+        entry.path,
+        status != "downloaded",
+        source.kind,
+        status,
+        source.uri,
+        entry.etag,
+        entry.size,
+    )
+
+
 class _Fetch:
     """One object on its way from a source into a store."""
 
@@ -4669,6 +4663,8 @@ class _Fetch:
 
     def _small(self, answer: _Answer, size: int) -> str:
         """Keep a small object in memory until it is whole and checked, then write it at once."""
+        from zlib import crc32
+
         sink = _Bytes(size, self.tally)
         _pull(self.source, answer, sink, size, size, self.patience)
         _check_bytes(self.source, answer, sink.data)
@@ -4677,7 +4673,7 @@ class _Fetch:
             sha = _hasher("sha256")
             sha.update(sink.data)
             validator = "n" + sha.hexdigest()[:20]
-        name = self._name(validator, size, _crc_of_bytes(sink.view))
+        name = self._name(validator, size, _checksum([crc32(sink.data)]))
         return self.store.add(self.ident, name, sink.view, self.source.signed)
 
     def _stream(self, answer: _Answer) -> str:
@@ -4764,18 +4760,6 @@ class _Fetch:
             file.close()
 
 
-def _held(source: _Source, entry: _Entry, status: str) -> LocalizedResource:
-    return LocalizedResource(
-        entry.path,
-        status != "downloaded",
-        source.kind,
-        status,
-        source.uri,
-        entry.etag,
-        entry.size,
-    )
-
-
 def _is_fresh(opt: _Options, validated: float) -> bool:
     """Tell whether what the server confirmed then may be served without asking now."""
     return opt.offline or (opt.max_age > 0 and 0 <= time.time() - validated <= opt.max_age)
@@ -4826,10 +4810,11 @@ def _unsafe(part: str) -> bool:
     """Tell whether a part of a key cannot be a file name here."""
     if part in ("", ".", "..") or "\0" in part or len(os.fsencode(part)) > 255:
         return True
-    if os.name != "nt":
-        return False
-    stem = part.partition(".")[0].rstrip().lower()
-    return stem in _RESERVED or part[-1] in ". " or any(c in '<>:"\\|?*' or c < " " for c in part)
+    if os.name == "nt":
+        stem = part.partition(".")[0].rstrip().lower()
+        foreign = any(c in '<>:"\\|?*' or c < " " for c in part)
+        return stem in _RESERVED or part[-1] in ". " or foreign
+    return False
 
 
 def _tree_names(keys: list[_Key], prefix: str, folds: bool) -> list[str]:
@@ -4888,66 +4873,71 @@ def _quietly(look: Callable[[T, _Options], _Look | None], item: T, opt: _Options
         return None
 
 
-def _each(
-    act: Callable[[T, _Options], None],
-    items: Iterator[T],
-    opt: _Options,
-    workers: int | None = None,
-    look: Callable[[T, _Options], _Look | None] | None = None,
-) -> None:
-    """Act on every item in a crew of threads; the first error stops all and is raised.
+class _Batch:
+    """Acts on every item in a crew of threads; the first error stops all and is raised.
 
     With ``look`` a worker asks for its next objects before it reads the present one: a near server
     answers faster than threads take turns, so that one who asks ahead beats many who wait.
     """
-    lock, switch, limit = threading.Lock(), _Stop(opt.switch), workers or _BATCH_LIMIT
-    threads, waiting, more = 1, 0, _by_cpu(limit)  # waiting: begun ahead, over all threads
 
-    def grow(active: int) -> int:
-        nonlocal threads
-        with lock:
-            count = max(0, min(more(active), limit - threads - waiting))
-            threads += count
+    def __init__(
+        self,
+        act: Callable[[Any, _Options], None],
+        items: Iterator[Any],
+        opt: _Options,
+        limit: int = 0,
+        look: Callable[[Any, _Options], _Look | None] | None = None,
+    ) -> None:
+        self._act, self._items, self._opt, self._look = act, items, opt, look
+        self._switch, self._lock = _Stop(opt.switch), threading.Lock()
+        self._limit = limit or _BATCH_LIMIT
+        self._more = _by_cpu(self._limit)
+        self._threads, self._waiting = 1, 0  # the latter: begun ahead, over all threads
+
+    def run(self) -> None:
+        try:
+            _Crew(self._work, self._switch).run(1, self._grow)
+        finally:
+            if self._opt.switch:
+                self._opt.switch.drop(self._switch)
+
+    def _grow(self, active: int) -> int:
+        with self._lock:
+            room = self._limit - self._threads - self._waiting
+            count = max(0, min(self._more(active), room))
+            self._threads += count
             return count
 
-    def take(begun: int, quick: bool) -> list[T]:
-        """Return what a worker begins with now: itself and all others keep within the limit."""
-        nonlocal waiting
-        with lock:
-            room = min(_AHEAD, limit - threads - waiting) if quick else 0
-            taken = list(itertools.islice(items, max(1 - begun, room + 1 - begun, 0)))
-            waiting += len(taken)
+    def _take(self, begun: int, quick: bool) -> list[Any]:
+        """Return what a worker begins with now: one, or more as long as all keep to the limit."""
+        with self._lock:
+            room = min(_AHEAD, self._limit - self._threads - self._waiting) if quick else 0
+            count = max(1 - begun, room + 1 - begun, 0)
+            taken = list(itertools.islice(self._items, count))
+            self._waiting += len(taken)
             return taken
 
-    def work() -> None:
-        nonlocal waiting
-        inner, quick = opt.under(switch), False
-        begun: list[tuple[T, _Look | None]] = []
+    def _work(self) -> None:
+        opt, quick = self._opt.under(self._switch), False
+        begun: list[tuple[Any, _Look | None]] = []
         try:
-            while not switch.event.is_set():
+            while not self._switch.event.is_set():
                 if len(begun) < 2:
-                    for item in take(len(begun), quick):
-                        begun.append(
-                            (item, _quietly(look, item, inner) if look and quick else None)
-                        )
+                    look = self._look if quick else None
+                    for item in self._take(len(begun), quick):
+                        begun.append((item, _quietly(look, item, opt) if look else None))
                 if not begun:
                     return
+                with self._lock:
+                    self._waiting -= 1
                 since = time.monotonic()
-                with lock:
-                    waiting -= 1
-                item, inner.look = begun.pop(0)
-                act(item, inner)
-                quick = look is not None and time.monotonic() - since < _AHEAD_WITHIN
+                item, opt.look = begun.pop(0)
+                self._act(item, opt)
+                quick = self._look is not None and time.monotonic() - since < _AHEAD_WITHIN
         finally:
             for _, left in begun:
                 if left:
                     left.close()
-
-    try:
-        _Crew(work, switch).run(1, grow)
-    finally:
-        if opt.switch:
-            opt.switch.drop(switch)
 
 
 def _link(source: str, target: str) -> None:
@@ -5063,7 +5053,7 @@ class _Tree:
             self.store.make(self.store.trees)
             if _folds_case(self.store):
                 _tree_names(keys, self.prefix, True)
-            aside = os.path.join(self.store.trees, f".t{_random()}")
+            aside = _aside(self.store.trees)
             os.mkdir(aside, 0o700 if self.source.signed else 0o777)
         try:
             self.fill(aside, names, keys)
@@ -5094,7 +5084,7 @@ class _Tree:
                         raise
             raise CacheError("An entry disappears while it is linked", uri=self.source.uri)
 
-        _each(bring, zip(names, keys), self.opt, look=self.look)
+        _Batch(bring, zip(names, keys), self.opt, look=self.look).run()
 
     def entry(self, key: _Key, look: _Look) -> _Entry | None:
         """Return the entry that a line of the listing describes."""
@@ -5145,7 +5135,7 @@ class _Tree:
             except OSError:
                 if _is_whole_tree(path, names, keys):  # a peer was faster
                     return
-            old = os.path.join(self.store.trees, f".t{_random()}")
+            old = _aside(self.store.trees)
             os.rename(path, old)
             os.rename(aside, path)
         _remove_tree(old)
@@ -5466,7 +5456,7 @@ def get_local_paths_for_resources(
 
             # A list can be looked ahead of; a generator may take its time with the next one.
             ready = hasattr(uris, "__len__")
-            _each(act, work, opt, max_workers, look if ready else None)
+            _Batch(act, work, opt, max_workers or 0, look if ready else None).run()
         else:
             _sendable(options, executor)
             if options.get("cache_dir") and not os.fspath(options["cache_dir"]).startswith("~"):
@@ -5690,6 +5680,12 @@ def _complain(error: object) -> None:
     print(f"aind-s3-cache: {error}", file=sys.stderr)
 
 
+def _is_known(error: Exception) -> bool:
+    """Tell whether an error is one line to the user rather than a bug of ours."""
+    foreign = any(cls.__module__.startswith("botocore") for cls in type(error).__mro__)
+    return foreign or isinstance(error, (S3CacheError, ValueError, TypeError, OSError))
+
+
 def _do_get(args: Any) -> int:
     uris: Iterable[str] = args.uris
     if args.uris == ["-"]:
@@ -5837,12 +5833,6 @@ def _parser() -> Any:
     verb("clear", _do_clear, "Remove everything of ours from the cache directory.")
     verb("dir", _do_dir, "Print where the cache is.")
     return top
-
-
-def _is_known(error: Exception) -> bool:
-    """Tell whether an error is one line to the user rather than a bug of ours."""
-    foreign = any(cls.__module__.startswith("botocore") for cls in type(error).__mro__)
-    return foreign or isinstance(error, (S3CacheError, ValueError, TypeError, OSError))
 
 
 def _leave_stdout(code: int) -> int:

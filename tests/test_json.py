@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -295,6 +296,30 @@ def test_a_document_cut_short_is_fetched_to_its_end(server: Server, publish: Pub
     head = b'HTTP/1.1 200 OK\r\nETag: "other"\r\nContent-Length: 100009\r\n\r\n'
     server.say(raw=[head + b'{"a": "', CLOSE])
     assert s3c.get_json(uri) == {"a": "x" * 100_000}
+
+
+@pytest.mark.parametrize("framing", ["chunked", "end of connection"])
+def test_a_document_may_come_without_its_length(server: Server, framing: str) -> None:
+    headers: dict[str, Any] = {"ETag": '"e-1"', "Transfer-Encoding": "chunked"}
+    if framing != "chunked":
+        headers = {"ETag": '"e-1"', "Content-Length": None, "Connection": "close"}
+    server.say(200, b'{"a": 1}', headers=headers)
+    assert s3c.get_json(f"{server.url}/some.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_a_document_that_is_not_what_was_promised_is_read_anew_once(
+    server: Server, publish: Publish, wrong: int
+) -> None:
+    uri = publish({"a": 1})
+    for _ in range(wrong):
+        server.say(200, b'{"a": 2}', etag=f'"{hashlib.md5(b"else").hexdigest()}"')
+    if wrong == 1:
+        assert s3c.get_json(uri) == {"a": 1}
+    else:
+        with pytest.raises(s3c.IntegrityError, match="MD5"):
+            s3c.get_json(uri)
+    assert len(server.seen) == 2
 
 
 def test_a_portal_in_the_way_is_no_document(server: Server) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipapp
 from functools import partial
@@ -263,6 +264,27 @@ def _as_uid_4711(function: Callable[[], Any]) -> Any:
 
     pwd.getpwuid = no_entry
     return function()
+
+
+def _without_threads(resource: Any, function: Callable[[], Any]) -> Any:
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    with pytest.raises(RuntimeError):
+        threading.Thread(target=print).start()
+    return function()
+
+
+@posix
+@pytest.mark.root
+def test_a_user_who_may_start_no_threads(
+    publish: Publish, public: Path, as_nobody: Any, small_parts: None
+) -> None:
+    resource, data = pytest.importorskip("resource"), blob(MiB)
+    uris = [publish(data, key="large"), publish(b"x", key="x"), publish(b"y", key="y")]
+    get_all = partial(s3c.get_local_paths_for_resources, uris, cache_dir=public / "theirs")
+    s3c.get_local_paths_for_resources(uris, cache_dir=public)  # everything is imported now
+    public.chmod(0o1777)
+    results = as_nobody(lambda: _without_threads(resource, get_all))
+    assert [r.path.read_bytes() for r in results] == [data, b"x", b"y"]
 
 
 @posix

@@ -534,10 +534,13 @@ def test_prune_sweeps_what_crashes_left(hold: Any, manager: Any) -> None:
     lone = path.with_name(".u" + path.name.replace("_k", "_gone"))
     for left in (young, old, lone):
         left.touch()
-    os.utime(old, (1, 1))
-    os.utime(lone, (1, 1))
+    tree = path.parents[2] / "trees" / ".t00"
+    (tree / "folder").mkdir(parents=True)
+    for left in (old, lone, tree):
+        os.utime(left, (1, 1))
     manager.prune(max_age_days=30)
-    assert [left.exists() for left in (path, young, old, lone)] == [True, True, False, False]
+    left = [path, young, old, lone, tree]
+    assert [p.exists() for p in left] == [True, True, False, False, False]
     young.unlink()
 
 

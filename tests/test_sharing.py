@@ -81,6 +81,36 @@ def test_64_threads_download_64_mib_once(server: Server, publish: Publish, get: 
     assert server.bytes_sent == 64 * MiB
 
 
+def test_threads_that_find_a_large_object_changed_download_it_once(
+    server: Server, publish: Publish, get: Get
+) -> None:
+    get(publish(blob(9 * MiB)))
+    uri, new = publish(blob(12 * MiB)[MiB:]), blob(12 * MiB)[MiB:]
+    server.seen.clear()
+    results = at_once(4, lambda: get(uri))
+    assert {sha(r.path.read_bytes()) for r in results} == {sha(new)}
+    assert is_one_download(server, len(new))
+
+
+def test_hosts_whose_locks_fail_take_over_what_the_other_has(
+    server: Server, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two names of one directory are two caches to a process: neither waits for the other."""
+    monkeypatch.setattr(s3c, "_PEER_PATIENCE", 0.0)
+    data = blob(14 * MiB)
+    uri, server.rate = publish(data), 3 * MiB
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    names = iter([tmp_path / "one", tmp_path / "two"])
+    one, two = at_once(
+        2, lambda: s3c.get_local_path_for_resource(uri, cache_dir=next(names), max_concurrency=2)
+    )
+    assert os.path.samefile(one.path, two.path)
+    assert one.path.read_bytes() == data
+    assert server.bytes_sent < 2 * len(data)
+    assert os.listdir(tmp_path / "one" / "aind-s3-cache" / "partial") == []
+
+
 def test_threads_that_want_different_objects_do_not_wait(
     server: Server, publish: Publish, get: Get
 ) -> None:

@@ -6,6 +6,7 @@ moto checks no signature and serves everything to everybody; rclone checks them 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import stat
@@ -410,6 +411,41 @@ def test_signing_without_credentials_is_botocores_own_error(
         with pytest.raises(exceptions.NoCredentialsError):
             ask(publish({}), anonymous=False)
     assert server.seen == []
+
+
+class Broken:
+    """A client that fails before anything is sent."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def get_object(self, **_: Any) -> Any:
+        raise self.error
+
+
+@NEEDS_BOTO3
+def test_what_boto3_refuses_itself_is_an_error_of_ours(get: Get) -> None:
+    exceptions = pytest.importorskip("botocore.exceptions")
+    with pytest.raises(s3c.S3CacheError, match="UnauthorizedSSOTokenError"):
+        get(f"s3://{BUCKET}/x", s3_client=Broken(exceptions.UnauthorizedSSOTokenError()))
+
+
+def test_a_bug_of_a_callers_client_is_not_hidden(get: Get) -> None:
+    with pytest.raises(ZeroDivisionError):
+        get(f"s3://{BUCKET}/x", s3_client=Broken(ZeroDivisionError()))
+
+
+@NEEDS_BOTO3
+def test_a_stubbed_client_will_do(get: Get) -> None:
+    """What botocore's Stubber gives has no HTTP headers."""
+    stub = pytest.importorskip("botocore.stub")
+    body = pytest.importorskip("botocore.response").StreamingBody(io.BytesIO(b"data"), 4)
+    client = new_client("http://127.0.0.1:9")
+    given = {"Body": body, "ETag": '"e-1"', "ContentLength": 4, "ContentRange": "bytes 0-3/4"}
+    with stub.Stubber(client) as stubber:
+        stubber.add_response("get_object", given)
+        result = get(f"s3://{BUCKET}/x", s3_client=client)
+    assert (result.path.read_bytes(), result.etag) == (b"data", '"e-1"')
 
 
 @NEEDS_BOTO3

@@ -438,6 +438,29 @@ def test_a_directory_of_another_user(
     assert below(public) == before
 
 
+@posix
+@pytest.mark.root
+def test_a_cache_that_must_not_even_be_looked_into(
+    publish: Publish, public: Path, as_nobody: AsNobody
+) -> None:
+    uri = publish(b"data")
+    s3c.get_local_path_for_resource(uri, cache_dir=public)
+    get = partial(s3c.get_local_path_for_resource, uri, cache_dir=public)
+    public.chmod(0o700)
+    as_nobody(lambda: fails(get, errno.EACCES, public))
+
+
+@posix
+@pytest.mark.root
+def test_a_dry_run_in_a_directory_of_another_user(
+    publish: Publish, public: Path, as_nobody: AsNobody
+) -> None:
+    path = s3c.get_local_path_for_resource(publish(b"data"), cache_dir=public).path
+    os.utime(path, (1, 1))
+    manager = s3c.CacheManager(public)
+    assert [e.path for e in as_nobody(lambda: manager.prune(1, dry_run=True))] == [str(path)]
+
+
 PLACES = ["", "aind-s3-cache", "aind-s3-cache/objects", "aind-s3-cache/partial"]
 
 

@@ -22,7 +22,7 @@ from typing import Any, Callable
 
 import pytest
 from conftest import Run
-from server import BYE, CLOSE, RESET, STALL, Server, chunked
+from server import BYE, CLOSE, RESET, STALL, Server, chunked, render
 from subject import s3c
 
 Get = Callable[..., Any]
@@ -241,7 +241,7 @@ def test_threads_at_once_get_a_connection_each_and_keep_it(
 def test_no_more_connections_are_kept_than_the_bound(
     server: Server, publish: Publish, run_python: Run
 ) -> None:
-    server.latency = 0.1
+    server.latency = 0.4  # all six are under way at once
     uris = [publish({"n": n}, f"{n}") for n in range(6)]
     code = """
 import sys, SUBJECT as s3c
@@ -687,6 +687,24 @@ def test_over_tls_only_close_notify_ends_a_body(
     else:
         failing(get, url)
         assert s3c.CacheManager(cache).entries() == []
+
+
+@pytest.mark.parametrize("end", [None, CLOSE, RESET])
+def test_a_body_over_tls_is_whole_though_its_connection_breaks(
+    end: Any, tls_server: Server, publish: Publish, get: Get
+) -> None:
+    data = bytes(range(256)) * 12_000
+    uri = publish(data)
+
+    def before(request: Any) -> tuple[Any, ...] | None:
+        if end is None or len(tls_server.seen) > 1:
+            return None
+        first, body = render(tls_server._answer(request), "GET")
+        return 206, b"", {}, (first + bytes(body[:1_000_000]), 0.02, end)
+
+    tls_server.before = before
+    assert get(uri).path.read_bytes() == data
+    assert len(tls_server.seen) == 1 + (end is not None)
 
 
 # ==== Proxies =================================================================================

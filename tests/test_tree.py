@@ -367,6 +367,24 @@ def test_threads_that_ask_for_one_tree_share_its_files(
     assert (len(asked), set(asked.values())) == (30, {1})
 
 
+def test_threads_that_ask_for_a_tree_and_a_part_of_it_at_once(
+    server: Server, put_tree: Get, get: Get
+) -> None:
+    put_tree({f"part/{n}": b"%d" % n for n in range(40)})
+    server.latency = 0.002
+    found: dict[str, Any] = {}
+
+    def ask(below: str) -> None:
+        found[below] = get(TREE + below)
+
+    threads = [threading.Thread(target=ask, args=(below,)) for below in ("", "part/")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert contents(found[""].path / "part") == contents(found["part/"].path)
+
+
 # ==== On disk =================================================================================
 
 
