@@ -147,6 +147,7 @@ _RETRY_TOKENS = 500  # per process, 5 a retry, 1 back per success: ends storms, 
 
 _WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
 _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
+_GROW_EVERY = 0.02  # seconds between two looks at that: by then a fast server has sent megabytes
 _BATCH_LIMIT = 32  # requests of a batch on their way, where the network is what it waits for
 _AHEAD = 4  # requests sent together before their turn: eight at a time did not go faster
 _AHEAD_WITHIN = 0.5  # seconds that an object may take for that; a server does not wait for long
@@ -4313,12 +4314,12 @@ class _Crew:
                 self._body()
 
     def run(self, start: int, grow: Callable[[int], int]) -> None:
-        """Work with ``start`` threads; every 50 ms ``grow(active)`` says how many more."""
+        """Work with ``start`` threads; now and then ``grow(active)`` says how many more."""
         try:
             self._start(start)
             while True:
                 with self._changed:
-                    if not self.active or self._changed.wait_for(self._idle, 0.05):
+                    if not self.active or self._changed.wait_for(self._idle, _GROW_EVERY):
                         break
                 if not self._errors:
                     self._start(grow(self.active))
@@ -4474,7 +4475,7 @@ class _Download:
             free = self.file.state.count(0) * _CHUNK // self.span() + 1
             # More connections help where each is slow; on a fast server they only cost.
             slow = rate < active * _WORKER_RATE
-            return min(3 * active, self.limit - active, free) if slow else 0
+            return min(self.limit - active, free) if slow else 0
 
         runs = -(-self.file.state.count(0) * _CHUNK // self.span()) + (self.first is not None)
         crew = _Crew(self.work, self.switch)
