@@ -4380,14 +4380,17 @@ class _Behind:
         if self._started:
             self._thread.join()
         else:
+            self._started = True
             self._run()
         if self._error:
             raise _disk_error(self._error, self._file.path)
         return bytes(self._hash.digest())
 
-    def cancel(self) -> None:
+    def close(self) -> None:
+        """End the thread, if its digest is no longer wanted."""
         self._stop = True
         if not self._started:
+            self._started = True
             self._file.release()
 
 
@@ -4752,12 +4755,12 @@ class _Fetch:
             name = self._name(validator, total, _checksum(file.crcs))
             return file.publish(self.store.shard(self.ident), name), False
         except BaseException as error:
-            for behind, _, _ in hashes:
-                behind.cancel()
             if not isinstance(error, (TransferError, KeyboardInterrupt)) or 2 not in file.state:
                 file.discard()
             raise
         finally:
+            for behind, _, _ in hashes:
+                behind.close()
             file.close()
 
 

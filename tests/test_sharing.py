@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
@@ -92,23 +93,47 @@ def test_threads_that_find_a_large_object_changed_download_it_once(
     assert is_one_download(server, len(new))
 
 
-def test_hosts_whose_locks_fail_take_over_what_the_other_has(
-    server: Server, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two names of one directory are two caches to a process: neither waits for the other."""
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds a peer at work does not wait for it."""
     monkeypatch.setattr(s3c, "_PEER_PATIENCE", 0.0)
-    data = blob(14 * MiB)
-    uri, server.rate = publish(data), 3 * MiB
+
+
+@pytest.fixture
+def slow_newcomers(server: Server) -> Callable[[], None]:
+    """`slow_newcomers()`: from now on, ranges asked for on new connections come late."""
+
+    def slow_newcomers() -> None:
+        known = {request.connection for request in server.seen}
+
+        def before(request: Any) -> None:
+            if request.connection not in known and "if-match" in request.headers:
+                time.sleep(2)
+
+        server.before = before
+
+    return slow_newcomers
+
+
+def test_a_host_that_did_not_wait_takes_what_a_faster_one_publishes(
+    server: Server, publish: Publish, tmp_path: Path, slow_newcomers: Any, impatient: None
+) -> None:
+    """Two names of one directory are two caches to a process."""
+    uri, server.rate, before = publish(blob(14 * MiB)), 16 * MiB, set(threading.enumerate())
     (tmp_path / "one").mkdir()
     (tmp_path / "two").symlink_to(tmp_path / "one")
-    names = iter([tmp_path / "one", tmp_path / "two"])
-    one, two = at_once(
-        2, lambda: s3c.get_local_path_for_resource(uri, cache_dir=next(names), max_concurrency=2)
-    )
-    assert os.path.samefile(one.path, two.path)
-    assert one.path.read_bytes() == data
-    assert server.bytes_sent < 2 * len(data)
-    assert os.listdir(tmp_path / "one" / "aind-s3-cache" / "partial") == []
+    get = partial(s3c.get_local_path_for_resource, uri, max_concurrency=2)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        fast = pool.submit(get, cache_dir=tmp_path / "one")
+        while len(server.seen) < 2:
+            time.sleep(0.01)
+        slow_newcomers()
+        slow = get(cache_dir=tmp_path / "two")
+    assert slow.status == "revalidated"
+    assert os.path.samefile(slow.path, fast.result().path)
+    for thread in set(threading.enumerate()) - before - set(server._threads.values()):
+        thread.join(5)
+        assert not thread.is_alive(), "it hashes what never comes"
 
 
 def test_threads_that_want_different_objects_do_not_wait(
