@@ -148,6 +148,7 @@ _RETRY_TOKENS = 500  # per process, 5 a retry, 1 back per success: ends storms, 
 _WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
 _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
 _GROW_EVERY = 0.02  # seconds between two looks at that: by then a fast server has sent megabytes
+_BATCH_WORKERS = 2  # threads of a batch to begin with, where it cannot ask ahead
 _BATCH_LIMIT = 32  # requests of a batch on their way, where the network is what it waits for
 _AHEAD = 4  # requests sent together before their turn: eight at a time did not go faster
 _AHEAD_WITHIN = 0.5  # seconds that an object may take for that; a server does not wait for long
@@ -1044,10 +1045,11 @@ class _Stop:
 class _Waiter:
     """A thread that waits for its turn, and what another may do for it meanwhile."""
 
-    __slots__ = ("ahead", "busy", "gate")
+    __slots__ = ("ahead", "busy", "gate", "given")
 
     def __init__(self, ahead: Callable[[], None] | None) -> None:
-        self.ahead, self.busy, self.gate = ahead, False, threading.Lock()
+        self.ahead, self.busy, self.given = ahead, False, False
+        self.gate = threading.Lock()
         self.gate.acquire()
 
 
@@ -1066,7 +1068,7 @@ class _Turn:
         # and so is woken once a round instead of once a call.
         self._round: list[_Waiter] = []
         self._next: list[_Waiter] = []
-        self._taken = False
+        self._taken, self._given = False, 0
 
     def _begin_round(self) -> None:
         if not self._round:
@@ -1077,15 +1079,40 @@ class _Turn:
             if not self._taken:
                 self._taken = True
                 return True
-            waiter = _Waiter(ahead)
+            waiter, given = _Waiter(ahead), self._given
             self._next.append(waiter)
-        while not waiter.gate.acquire(timeout=_TURN_WAIT):
-            with self._mutex:
-                for waiting in (self._round, self._next):
-                    if waiter in waiting and not waiter.busy:
-                        waiting.remove(waiter)
-                        return False
+        try:
+            while not waiter.gate.acquire(timeout=_TURN_WAIT):
+                if self._leave_queue(waiter):
+                    return self._given == given  # stuck, or gone with its thread: take it over
+        except BaseException:  # Ctrl-C: nobody may hand the turn to a thread that is gone
+            waiter.ahead = None
+            while not self._leave_queue(waiter):
+                if waiter.given:
+                    self._give()
+                    break
+                time.sleep(0.001)  # what is being done for it must end first
+            raise
         return True
+
+    def _leave_queue(self, waiter: _Waiter) -> bool:
+        """Wait no longer; False if the turn was given to it, or something is being done for it."""
+        with self._mutex:
+            for waiting in (self._round, self._next):
+                if waiter in waiting and not waiter.busy:
+                    waiting.remove(waiter)
+                    return True
+            return False
+
+    def _give(self) -> None:
+        """Pass the turn on."""
+        with self._mutex:
+            self._begin_round()
+            self._taken, self._given = bool(self._round), self._given + 1
+            if self._taken:
+                waiter = self._round.pop()
+                waiter.given = True
+                waiter.gate.release()
 
     def enter(self, ahead: Callable[[], None] | None = None) -> bool:
         """Wait for the turn; ``ahead`` may be called meanwhile, by the thread that has it.
@@ -1094,9 +1121,14 @@ class _Turn:
         """
         if getattr(self._local, "inside", False):
             return False
-        self._local.inside, self._local.held = True, self._take(ahead)
-        if self._local.held:
-            self._work_ahead()
+        try:
+            self._local.inside, self._local.held = True, False
+            self._local.held = self._take(ahead)
+            if self._local.held:
+                self._work_ahead()
+        except BaseException:
+            self.exit(True)
+            raise
         return True
 
     def _work_ahead(self) -> None:
@@ -1130,11 +1162,7 @@ class _Turn:
         """Let another thread work: this one is about to wait."""
         if getattr(self._local, "held", False):
             self._local.held = False
-            with self._mutex:
-                self._begin_round()
-                self._taken = bool(self._round)
-                if self._taken:
-                    self._round.pop().gate.release()
+            self._give()
 
     def resume(self) -> None:
         """Go on after a wait, if within a turn."""
@@ -1197,9 +1225,11 @@ class _Connection:
             _POOL.give(self)
 
     def readable(self) -> bool:
-        """Tell whether something has come."""
+        """Tell whether something has come. Over TLS that may be less than an answer: never sure."""
         import select
 
+        if self.tls:
+            return False
         try:
             return bool(select.select([self.sock], [], [], 0)[0])
         except ValueError:  # a number too large for select
@@ -1711,6 +1741,8 @@ class _Exchange:
 
         False if it was not sent.
         """
+        if not connect and self.env.proxied(self.place.origin[0]):
+            return False  # to ask for a proxy may take long
         connection = _POOL.take(self._route())
         try:
             if connect and not connection:
@@ -1739,6 +1771,8 @@ class _Exchange:
             except OSError as error:
                 if _timed_out(error) or isinstance(error, S3CacheError):
                     raise
+        if self.switch:
+            self.switch.check()
         new = _connect(self.place, self.proxy, self.key, self.env)
         self._send(new)
         return self._receive(new)
@@ -1845,7 +1879,7 @@ class _Patience:
 
 
 # ==== 6 Sources ===================================================================================
-# Three senders and a file behind one ``read(start, stop, ...) -> _Answer``. 200, 206, 304, 412 and
+# Three senders and a file behind one ``read(ask) -> _Answer``. 200, 206, 304, 412 and
 # 416 are answers; everything else is raised. The only section that names boto3.
 
 _REGIONS: dict[tuple[str, str], str] = {}  # (endpoint, bucket) -> region, learnt from redirects
@@ -1913,7 +1947,7 @@ class _Source:
     place_id: tuple[str, ...] = ()  # everything that makes it this object and no other
 
     def read(self, ask: _Ask) -> _Answer:
-        """Ask for bytes start to stop (exclusive), or for all, under conditions."""
+        """Ask for a range, or for all, under conditions."""
         raise NotImplementedError
 
     def exchange(self, ask: _Ask) -> _Exchange | None:
@@ -2058,18 +2092,21 @@ class _Unsigned(_S3):
 
     def _settled(self, ask: Callable[[], _Exchange]) -> tuple[int, dict[str, str], Reader]:
         """Ask; once more where the bucket's region is another than we thought."""
-        status, headers, body = ask().answer()
+        exchange = ask()
+        status, headers, body = exchange.answer()
         moved = status in (301, 302, 307, 308)
         if not moved and not (status == 400 and "x-amz-bucket-region" in headers):
             return status, headers, body
         text = _read_up_to(body, _ERROR_LIMIT)
         region = self._region(status, headers, text)
-        where = self.endpoint, self.bucket
-        if not region or (status == 400 and _REGIONS.get(where) == region):
-            raise self._error(status, headers, text, None if text else "PermanentRedirect")
-        _log(_DEBUG, "%s is in %s", self.bucket, region)
-        _REGIONS[where] = region
-        return ask().answer()
+        if region:
+            _log(_DEBUG, "%s is in %s", self.bucket, region)
+            _REGIONS[self.endpoint, self.bucket] = region
+            again = ask()
+            there, here = again.place, exchange.place
+            if moved or (there.origin, there.target) != (here.origin, here.target):
+                return again.answer()
+        raise self._error(status, headers, text, None if text else "PermanentRedirect")
 
     def exchange(self, ask: _Ask) -> _Exchange:
         query = f"?versionId={_quote(self.version, _BUCKET)}" if self.version else ""
@@ -2340,6 +2377,12 @@ class _Access:
     def __init__(self, anonymous: bool | None = None, s3_client: Any = None) -> None:
         self.anonymous, self.client, self.env = anonymous, s3_client, _Env()
 
+    def signs(self, bucket: str) -> bool:
+        """Tell whether a bucket is asked with a signature from the first."""
+        if self.client is not None or self.anonymous is not None:
+            return self.client is not None or self.anonymous is False
+        return (self.env.endpoint, bucket) in _SIGNED_BUCKETS
+
     def sources(self, target: _Target, version: str | None) -> Iterator[_Source]:
         """Yield the sources to try: the next one is for a caller that was refused."""
         if target.kind != "s3":
@@ -2350,8 +2393,7 @@ class _Access:
             client = _own_client(True, self.env.endpoint) if self.client is None else self.client
             yield _Signed(client, bucket, key, version)
             return
-        known = (self.env.endpoint, bucket) in _SIGNED_BUCKETS
-        client = _own_client(False, self.env.endpoint) if known and not self.anonymous else None
+        client = _own_client(False, self.env.endpoint) if self.signs(bucket) else None
         if client is None:
             yield _Unsigned(bucket, key, version, self.env)
             client = None if self.anonymous else _own_client(False, self.env.endpoint)
@@ -4273,12 +4315,29 @@ def _after_fork() -> None:
     _TURN = _Turn()
     _FLIGHTS_LOCK, _CLIENT_LOCK = threading.Lock(), threading.Lock()
     _FLIGHTS.clear()
+    _ASKED.clear()
     _CLIENTS.clear()
     _process_id.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Cpu(threading.local):
+    """The CPU time that our own threads use: what else the process does is not our business."""
+
+    total = 0.0  # seconds, of all threads
+    _noted = 0.0
+
+    def note(self) -> None:
+        """Add what this thread has used since it was here last."""
+        now = time.thread_time()
+        _Cpu.total += now - self._noted  # a lost update is no harm
+        self._noted = now
+
+
+_CPU = _Cpu()
 
 
 class _Crew:
@@ -4458,6 +4517,7 @@ class _Download:
                 raise _RangeIgnored
         _pull(self.source, answer, sink, stop, self.total, patience)
         _QUOTA.give()
+        _CPU.note()
 
     def run(self, found: Callable[[], _Entry | None]) -> _Entry | None:
         """Bring all chunks; return the entry instead if a peer publishes it first."""
@@ -4524,24 +4584,25 @@ def _await_peer(store: _Store, ident: str, lock: _Lock, found: Callable[[], T | 
         time.sleep(0.05)
 
 
+_ASKED: set[tuple[str, str]] = set()  # (root, object) that a request was sent ahead for
+
+
 class _Look:
     """What the cache holds of an object, and maybe a request for it that is on its way."""
 
-    __slots__ = ("ask", "entries", "held", "ident", "place_id")
+    __slots__ = ("ask", "entries", "held", "ident", "key", "newest", "place_id")
 
     def __init__(self, source: _Source, opt: _Options) -> None:
         self.ident, self.place_id = _ident(source), (source.signed, source.place_id)
+        self.key = opt.store.root, self.ident
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
         every = source.signed or opt.access.anonymous is not True
         self.entries = self.held = opt.store.find(self.ident, every)
         if self.entries and not source.signed:
             self.held = [entry for entry in self.entries if not entry.private]
-        self.ask: _Ask | None = None
-
-    @property
-    def newest(self) -> _Entry | None:
-        return self.held[0] if self.held else None
+        self.ask: _Ask | None = None  # sent ahead
+        self.newest: _Entry | None = None  # its condition
 
     def first_ask(self, newest: _Entry | None, opt: _Options) -> _Ask:
         """Return what to ask for first: a range, unless the object is still what we hold."""
@@ -4552,18 +4613,27 @@ class _Look:
         switch = opt.switch
         return _Ask(0, opt.asked, if_none_match=etag, if_modified_since=modified, switch=switch)
 
-    def ask_ahead(self, source: _Source, opt: _Options, connect: bool = True) -> None:
-        """Send the first request now, to read its answer when it is the call's turn."""
-        ask = self.first_ask(self.newest, opt)
+    def ask_ahead(self, source: _Source, opt: _Options, connect: bool = True) -> bool:
+        """Send the first request now, to read its answer in the call's turn; False if not."""
+        newest = self.held[0] if self.held else None
+        ask = self.first_ask(newest, opt)
         exchange = source.exchange(ask)
-        if exchange and exchange.send_ahead(connect):
-            ask.sent, self.ask = exchange, ask
+        # What another thread fetches is not asked for twice.
+        if exchange is None or self.key in _FLIGHTS or self.key in _ASKED:
+            return False
+        if not exchange.send_ahead(connect):
+            return False
+        _ASKED.add(self.key)
+        ask.sent, self.ask, self.newest = exchange, ask, newest
+        return True
 
     def close(self) -> None:
         """Leave what was asked for and not read."""
-        sent = self.ask and self.ask.take_sent()
-        if sent:
-            sent.close()
+        if self.ask:
+            _ASKED.discard(self.key)
+            sent, self.ask = self.ask.take_sent(), None
+            if sent:
+                sent.close()
 
 
 def _held(source: _Source, entry: _Entry, status: str) -> LocalizedResource:
@@ -4852,23 +4922,6 @@ def _folds_case(store: _Store) -> bool:
     return os.path.exists(os.path.join(store.root, "cachedir.tag"))
 
 
-def _by_cpu(limit: int) -> Callable[[int], int]:
-    """Return a rule for growing a crew: while its threads wait for the network, more of them."""
-    wall, cpu = time.monotonic(), time.process_time()
-
-    def grow(active: int) -> int:
-        nonlocal wall, cpu
-        now, used = time.monotonic(), time.process_time()
-        if now - wall < 0.1:
-            return 0
-        busy = (used - cpu) / (now - wall)
-        wall, cpu = now, used
-        more = 0 if busy > 0.75 else active if busy > 0.3 else 3 * active
-        return min(more, limit - active)
-
-    return grow
-
-
 def _quietly(look: Callable[[T, _Options], _Look | None], item: T, opt: _Options) -> _Look | None:
     """Look and ask ahead; what goes wrong is met again, and reported, in the call's turn."""
     try:
@@ -4880,7 +4933,7 @@ def _quietly(look: Callable[[T, _Options], _Look | None], item: T, opt: _Options
 class _Batch:
     """Acts on every item in a crew of threads; the first error stops all and is raised.
 
-    With ``look`` a worker asks for its next objects before it reads the present one: a near server
+    With ``look`` a worker asks for the next objects before it reads the present one: a near server
     answers faster than threads take turns, so that one who asks ahead beats many who wait.
     """
 
@@ -4893,55 +4946,92 @@ class _Batch:
         look: Callable[[Any, _Options], _Look | None] | None = None,
     ) -> None:
         self._act, self._items, self._opt, self._look = act, items, opt, look
-        self._switch, self._lock = _Stop(opt.switch), threading.Lock()
-        self._limit = limit or _BATCH_LIMIT
-        self._more = _by_cpu(self._limit)
-        self._threads, self._waiting = 1, 0  # the latter: begun ahead, over all threads
+        self._switch, self._limit = _Stop(opt.switch), limit or _BATCH_LIMIT
+        # Two locks: the caller's generator may take its time, and what has begun goes on meanwhile.
+        self._reading, self._lock = threading.Lock(), threading.Lock()
+        self._begun: list[tuple[Any, _Look | None]] = []
+        self._threads = 1 if look else limit or _BATCH_WORKERS
+        self._ahead, self._quick = (
+            0,
+            False,
+        )  # how many are begun ahead, and whether that is worth it
+        self._grown, self._cpu = time.monotonic(), _CPU.total
 
     def run(self) -> None:
         try:
-            _Crew(self._work, self._switch).run(1, self._grow)
+            _Crew(self._work, self._switch).run(self._threads, self._grow)
+            self._switch.check()  # stopped from above: what was done is not all
         finally:
+            for _, look in self._begun:
+                if look:
+                    look.close()
             if self._opt.switch:
                 self._opt.switch.drop(self._switch)
 
     def _grow(self, active: int) -> int:
+        """Return how many threads are to join: many as long as all wait for the network."""
+        now = time.monotonic()
+        if now - self._grown < 0.05:
+            return 0
+        used = _CPU.total
+        busy = (used - self._cpu) / (now - self._grown)
+        self._grown, self._cpu = now, used
+        more = 0 if busy > 0.75 else active if busy > 0.3 else 3 * active
         with self._lock:
-            room = self._limit - self._threads - self._waiting
-            count = max(0, min(self._more(active), room))
+            count = max(0, min(more, self._limit - self._threads - self._ahead))
             self._threads += count
             return count
 
-    def _take(self, begun: int, quick: bool) -> list[Any]:
-        """Return what a worker begins with now: one, or more as long as all keep to the limit."""
+    def _take(self) -> list[Any]:
+        with self._reading:
+            return list(itertools.islice(self._items, 1))
+
+    def _room(self, change: int) -> bool:
+        """Count what is begun ahead; False if there is no room for more."""
         with self._lock:
-            room = min(_AHEAD, self._limit - self._threads - self._waiting) if quick else 0
-            count = max(1 - begun, room + 1 - begun, 0)
-            taken = list(itertools.islice(self._items, count))
-            self._waiting += len(taken)
-            return taken
+            if change > 0 and self._threads + self._ahead >= self._limit:
+                return False
+            self._ahead += change
+            return True
+
+    def _begin(self, opt: _Options) -> None:
+        """Ask for a few objects ahead, together: so the server is woken once."""
+        since = time.monotonic()
+        for _ in range(_AHEAD if self._look and len(self._begun) < 2 else 0):
+            if not (self._quick and self._room(1)):
+                return
+            item = self._take()
+            if not item or self._look is None:
+                self._room(-1)
+                return
+            self._begun.append((item[0], _quietly(self._look, item[0], opt)))
+            self._quick = time.monotonic() - since < _AHEAD_WITHIN
+
+    def _next(self) -> tuple[Any, _Look | None] | None:
+        try:
+            begun = self._begun.pop(0)
+        except IndexError:
+            item = self._take()
+            return (item[0], None) if item else None
+        self._room(-1)
+        return begun
 
     def _work(self) -> None:
-        opt, quick = self._opt.under(self._switch), False
-        begun: list[tuple[Any, _Look | None]] = []
-        try:
-            while not self._switch.event.is_set():
-                if len(begun) < 2:
-                    look = self._look if quick else None
-                    for item in self._take(len(begun), quick):
-                        begun.append((item, _quietly(look, item, opt) if look else None))
-                if not begun:
-                    return
-                with self._lock:
-                    self._waiting -= 1
-                since = time.monotonic()
-                item, opt.look = begun.pop(0)
+        opt = self._opt.under(self._switch)
+        while not self._switch.event.is_set():
+            self._begin(opt)
+            begun = self._next()
+            if begun is None:
+                return
+            since = time.monotonic()
+            item, opt.look = begun
+            try:
                 self._act(item, opt)
-                quick = self._look is not None and time.monotonic() - since < _AHEAD_WITHIN
-        finally:
-            for _, left in begun:
-                if left:
-                    left.close()
+            finally:
+                if opt.look:
+                    opt.look.close()
+            self._quick = time.monotonic() - since < _AHEAD_WITHIN
+            _CPU.note()
 
 
 def _link(source: str, target: str) -> None:
@@ -5098,20 +5188,21 @@ class _Tree:
         look.held = []  # of another version: no condition
         return None
 
-    def look(self, item: tuple[str, _Key], opt: _Options) -> _Look:
+    def look(self, item: tuple[str, _Key], opt: _Options) -> _Look | None:
         """Look for a file of the listing; ask ahead for it if we do not hold it."""
         source = self.source.child(item[1].key)
         look = _Look(source, opt)
-        if not self.entry(item[1], look):
-            look.ask_ahead(source, opt)
-        return look
+        if self.entry(item[1], look) or look.ask_ahead(source, opt):
+            return look
+        return None  # to be looked for again, when nobody else fetches it
 
     def file(self, key: _Key, opt: _Options) -> str:
         """Return the entry of one file of the listing, downloaded if we do not hold it."""
         source = self.source.child(key.key)
         look, opt.look = opt.look or _Look(source, opt), None
-        entered = _TURN.enter()
+        entered = False
         try:
+            entered = _TURN.enter()
             entry = self.entry(key, look)
             if entry:
                 return entry.path
@@ -5203,14 +5294,16 @@ def _local(text: str) -> LocalizedResource:
 
 
 def _look_at(text: str, opt: _Options, connect: bool = True) -> _Look | None:
-    """Look for a single object, and ask ahead for it, unless it might be served without asking."""
+    """Look for a single object and ask ahead for it, if that is sure to be asked; else None."""
     target = _target(text)
-    if target.kind == "local" or target.key.endswith("/") or opt.offline or opt.max_age > 0:
+    ours = target.kind == "http" and opt.version is None
+    if target.kind == "s3":
+        ours = not target.key.endswith("/") and not opt.access.signs(target.bucket)
+    if not ours or opt.offline or opt.max_age > 0:
         return None
     source = next(opt.access.sources(target, opt.version))
     look = _Look(source, opt)
-    look.ask_ahead(source, opt, connect)
-    return look
+    return look if look.ask_ahead(source, opt, connect) else None
 
 
 def _object(target: _Target, opt: _Options) -> LocalizedResource:
@@ -5219,8 +5312,9 @@ def _object(target: _Target, opt: _Options) -> LocalizedResource:
     def ahead() -> None:  # another thread's time: too short for connecting
         opt.look = _quietly(partial(_look_at, connect=False), target.text, opt)
 
-    entered = _TURN.enter(None if opt.look else ahead)
+    entered = False
     try:
+        entered = _TURN.enter(None if opt.look else ahead)
         return opt.access.attempt(target, opt.version, lambda source: _cached(source, opt))
     finally:
         _TURN.exit(entered)
@@ -5405,8 +5499,9 @@ def get_local_paths_for_resources(
     uris : iterable of str or os.PathLike
         May be a generator, which is read as work goes on. Each URI is asked for once.
     max_workers : int, optional
-        Requests on their way at a time, at most; default 32. On a fast server one thread does all
-        the work; others join it while it waits for the network.
+        Objects asked for at a time, at most; default 32. On a fast server one thread does all the
+        work; others join it while it waits for the network. A large object's ranges and a tree's
+        files are not counted.
     executor : concurrent.futures.Executor, optional
         Where to work instead: threads or processes of the standard library,
         ``dask.distributed.Client.get_executor()``, ``mpi4py.futures``. Its ``map`` is used.
@@ -5662,7 +5757,7 @@ def _jobs_arg(text: str) -> int:
     return int(text)
 
 
-_jobs_arg.__name__ = "number of requests"
+_jobs_arg.__name__ = "number of objects"
 _size_arg.__name__, _age_arg.__name__ = "size, such as 10GB", "age, such as 30d"
 
 
@@ -5814,7 +5909,7 @@ def _parser() -> Any:
     get = verb("get", _do_get, "Print the local path of each resource, downloaded if need be.")
     get.add_argument("uris", nargs="+", metavar="URI", help="s3://, http(s)://, a path, or -")
     get.add_argument(
-        "-j", "--jobs", type=_jobs_arg, metavar="N", help="requests at a time (default: 32)"
+        "-j", "--jobs", type=_jobs_arg, metavar="N", help="objects at a time (default: 32)"
     )
     get.add_argument("--max-age", type=_age_arg, default=0.0, metavar="AGE", help="such as 12h")
     get.add_argument("--offline", action="store_true", help="never touch the network")

@@ -28,7 +28,9 @@ from subject import s3c
 SUBJECT_FILE = Path(str(s3c.__file__)).resolve()
 BUCKET = "aind-open-data"  # the guide's
 OWN_HOSTS = ["127.0.0.1", "::1", "localhost"]
-AWS_HOSTS = ["*.s3.amazonaws.com", "*.s3.us-west-2.amazonaws.com", "s3.us-west-2.amazonaws.com"]
+AWS_HOSTS = [
+    f"{star}s3.{region}amazonaws.com" for star in ("*.", "") for region in ("", "us-west-2.")
+]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Spawn = Callable[..., "subprocess.Popen[str]"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -138,6 +139,27 @@ def test_a_generator_is_read_as_work_goes_on(
 
     assert numbers(get_all(lazily(), max_workers=2)) == list(range(60))
     assert all(at - seen <= 2 for at, seen in enumerate(seen_when_read))
+
+
+def test_a_generator_may_wait_for_what_it_yielded_before(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    come: list[str] = []
+
+    def before(request: Any) -> None:
+        time.sleep(0.004 * random.random())
+        come.append(request.path)
+
+    def patiently() -> Iterator[str]:
+        for number, uri in enumerate(many(400)):
+            give_up = time.monotonic() + 5
+            while number > 100 and len(come) < number - 1:
+                assert time.monotonic() < give_up, "what was taken is not asked for"
+                time.sleep(0.0005)
+            yield uri
+
+    server.before = before
+    assert numbers(get_all(patiently(), max_workers=8)) == list(range(400))
 
 
 def test_an_endless_generator_stops_at_the_first_error(server: Server, get_all: Get) -> None:
@@ -320,7 +342,7 @@ def test_a_worker_asks_ahead_while_objects_come_quickly(
     at_once: range,
 ) -> None:
     monkeypatch.setattr(s3c, "_AHEAD_WITHIN", within)
-    monkeypatch.setattr(s3c, "_by_cpu", lambda limit: lambda active: 0)  # one worker
+    monkeypatch.setattr(s3c._Batch, "_grow", lambda self, active: 0)  # one worker
     most = most_at_once(server)
     assert numbers(get_all(many(40))) == list(range(40))
     assert most[-1] in at_once
@@ -405,6 +427,26 @@ def test_bad_uris_are_met_in_their_turn(many: Callable[[int], list[str]], get_al
     kinds = [ValueError, ValueError, s3c.NotFoundError, s3c.NotFoundError]
     assert [isinstance(r, kind) for r, kind in zip(results[10:14], kinds)] == [True] * 4
     assert numbers(results[:10] + results[14:]) == list(range(20))
+
+
+def test_nothing_is_asked_ahead_for_a_call_that_is_refused(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    urls = [f"{server.url}/{uri[5:]}" for uri in many(20)]
+    results = get_all(urls, version_id="v1", return_exceptions=True)
+    assert {type(result) for result in results} == {ValueError}
+    assert server.seen == []
+    assert s3c._POOL._all <= set(s3c._POOL._idle), "a connection is open and not kept"
+
+
+def test_an_object_that_takes_long_holds_up_nobody(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    late: list[float] = []
+    server.before = lambda asked: time.sleep(3) if asked.path.endswith("/7.txt") else None
+    began = time.monotonic()
+    get_all(many(40), progress=lambda _: late.append(time.monotonic() - began))
+    assert sum(at < 2.5 for at in late) == 39
 
 
 def test_progress_may_call_us(

@@ -96,6 +96,37 @@ def test_a_fork_in_the_midst_of_a_download(
     assert done.stdout == "revalidated\n"
 
 
+INTERRUPTED = """
+import SUBJECT as s3c, os, random, signal, sys, threading, time
+cache, *uris = sys.argv[1:]
+get = lambda uri: s3c.get_local_path_for_resource(uri, cache_dir=cache)
+end = threading.Event()
+def go_on(uri):
+    while not end.is_set(): get(uri)
+def kick():
+    time.sleep(0.005 + 0.02 * random.random())
+    os.kill(os.getpid(), signal.SIGINT)
+def once():
+    others = [threading.Thread(target=go_on, args=(uri,)) for uri in uris[1:]]
+    for thread in [*others, threading.Thread(target=kick)]: thread.start()
+    try:
+        while True: get(uris[0])
+    except KeyboardInterrupt: end.set()
+    for thread in others: thread.join()
+    end.clear()
+for _ in range(40): once()
+print(s3c._TURN._taken, len(s3c._POOL._all - set(s3c._POOL._idle)))
+"""
+
+
+@posix
+def test_an_interrupt_amid_other_threads_leaves_them_their_turns_and_no_socket(
+    publish: Publish, run_python: Run, cache: Path
+) -> None:
+    uris = [publish(b"x", key=f"k{n}") for n in range(5)]
+    assert run_python(INTERRUPTED, cache, *uris).stdout == "False 0\n"
+
+
 FORK_LOCK = """
 import SUBJECT as s3c, os, sys, threading, time, warnings
 warnings.simplefilter("ignore", DeprecationWarning)

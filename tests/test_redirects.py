@@ -309,6 +309,26 @@ def test_an_evil_region_never_becomes_a_host(
     assert {request.target for request in other.seen} == {f"{bucket}.s3.amazonaws.com:443"}
 
 
+@pytest.mark.parametrize("how", ["307", "400"])
+def test_a_region_learnt_under_way_serves_what_was_asked_ahead(
+    how: str, aws: Callable[..., Server], cache: Path
+) -> None:
+    here, there = f"here.{how}", f"there.{how}"  # dotted names share a host, and connections
+    server = aws(there)
+    for number in range(10):
+        server.put(here, str(number), b"x")
+        server.put(there, str(number), b"y")
+
+    def before(request: Request) -> Any:
+        wrong = there in request.path and ".us-west-2." not in request.headers["host"]
+        return MOVED[how] if wrong else None
+
+    server.before = before
+    uris = [f"s3://{bucket}/{n}" for bucket in (here, there) for n in range(10)]
+    results = s3c.get_local_paths_for_resources(uris, cache_dir=cache, anonymous=True)
+    assert [result.path.read_bytes() for result in results] == [b"x"] * 10 + [b"y"] * 10
+
+
 @pytest.mark.parametrize("status", [301, 307, 400])
 def test_a_region_that_sends_us_on_is_not_followed_again(
     status: int, aws: Callable[..., Server], get: Get

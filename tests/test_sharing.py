@@ -82,6 +82,17 @@ def test_64_threads_download_64_mib_once(server: Server, publish: Publish, get: 
     assert server.bytes_sent == 64 * MiB
 
 
+def test_threads_that_miss_together_on_kept_connections_download_it_once(
+    server: Server, publish: Publish, get: Get
+) -> None:
+    others = iter([publish(b"x", key=str(n)) for n in range(8)])
+    at_once(8, lambda: get(next(others)))  # leaves connections
+    uri = publish(blob(MiB // 2))
+    sent = server.bytes_sent
+    at_once(8, lambda: get(uri))
+    assert server.bytes_sent - sent == MiB // 2
+
+
 def test_threads_that_find_a_large_object_changed_download_it_once(
     server: Server, publish: Publish, get: Get
 ) -> None:

@@ -367,6 +367,27 @@ def test_threads_that_ask_for_one_tree_share_its_files(
     assert (len(asked), set(asked.values())) == (30, {1})
 
 
+def test_a_tree_that_is_stopped_half_way_is_not_published(
+    server: Server, put_tree: Get, get: Get, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another error of the batch, on a file system on which links take their time."""
+    put_tree({str(n): b"x" for n in range(200)})
+    shutil.rmtree(get().path)  # the entries stay
+    server.put(BUCKET, "refused", b"", private=True)
+    link = os.link
+
+    def slow_link(*args: Any) -> None:
+        threading.Event().wait(0.02)
+        link(*args)
+
+    monkeypatch.setattr(os, "link", slow_link)
+    with pytest.raises(s3c.AccessDeniedError):
+        s3c.get_local_paths_for_resources(
+            [TREE, f"s3://{BUCKET}/refused"], cache_dir=cache, anonymous=True
+        )
+    assert os.listdir(cache / "aind-s3-cache" / "trees") == []
+
+
 def test_threads_that_ask_for_a_tree_and_a_part_of_it_at_once(
     server: Server, put_tree: Get, get: Get
 ) -> None:
