@@ -1059,7 +1059,8 @@ class _Turn:
     Between two waits a small object takes a dozen short system calls, and each of them lets go of
     the interpreter lock: many threads spend more time handing it around than working. Whoever has
     the turn is interrupted by none of our threads, and sends the requests of those that are next.
-    Who does not get it soon, because the file system is slow, goes on without.
+    Who does not get it soon, because the file system is slow, goes on without, and takes it over
+    where it stands still.
     """
 
     def __init__(self) -> None:
@@ -1108,11 +1109,12 @@ class _Turn:
         """Pass the turn on."""
         with self._mutex:
             self._begin_round()
-            self._taken, self._given = bool(self._round), self._given + 1
-            if self._taken:
-                waiter = self._round.pop()
-                waiter.given = True
-                waiter.gate.release()
+            idle = [waiter for waiter in self._round if not waiter.busy]
+            self._taken, self._given = bool(idle), self._given + 1
+            if idle:
+                self._round.remove(idle[-1])
+                idle[-1].given = True
+                idle[-1].gate.release()
 
     def enter(self, ahead: Callable[[], None] | None = None) -> bool:
         """Wait for the turn; ``ahead`` may be called meanwhile, by the thread that has it.
