@@ -1816,7 +1816,7 @@ def _follow(exchange: _Exchange) -> tuple[int, dict[str, str], _Body]:
         body.close()
         place = _redirected(exchange.place, headers["location"])
         exchange = _Exchange(place, exchange.env, exchange.fields, switch=exchange.switch)
-    raise TransferError(f"More than {_REDIRECTS} redirects", uri=str(place))
+    raise TransferError(f"More than {_REDIRECTS} redirects", uri=str(exchange.place))
 
 
 class _Quota:

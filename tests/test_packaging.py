@@ -81,7 +81,7 @@ def test_nothing_is_required_to_use_the_file(project: dict[str, Any]) -> None:
 
 
 def test_requirements_have_a_lower_bound_and_no_other(project: dict[str, Any]) -> None:
-    form = re.compile(r"[a-z0-9-]+(\[[a-z0-9,]+\])?>=[0-9.]+(; python_version < '[0-9.]+')?")
+    form = re.compile(r"[a-z0-9-]+(\[[a-z0-9,]+\])?>=[0-9.]+(; python_version (<|>=) '[0-9.]+')?")
     assert [one for one in requirements_of(project) if not form.fullmatch(one)] == []
 
 
