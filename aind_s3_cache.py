@@ -4953,10 +4953,8 @@ class _Batch:
         self._reading, self._lock = threading.Lock(), threading.Lock()
         self._begun: list[tuple[Any, _Look | None]] = []
         self._threads = 1 if look else limit or _BATCH_WORKERS
-        self._ahead, self._quick = (
-            0,
-            False,
-        )  # how many are begun ahead, and whether that is worth it
+        # How many are begun ahead, and whether that is worth it.
+        self._ahead, self._quick = 0, False
         self._grown, self._cpu = time.monotonic(), _CPU.total
 
     def run(self) -> None:
