@@ -185,11 +185,12 @@ def late():
 atexit.register(late)
 """
 DEL = """
-import SUBJECT as s3c, sys
+import SUBJECT as s3c, os, sys
 class Late:
-    def __del__(self, get=s3c.get_local_path_for_resource, args=tuple(sys.argv)):
-        try: print(get(args[1], cache_dir=args[2]).status)
-        except BaseException as error: print("failed", type(error).__name__)
+    def __del__(self, get=s3c.get_local_path_for_resource, args=tuple(sys.argv), write=os.write):
+        # Not print: nobody promises to flush what is printed so late.
+        try: write(1, get(args[1], cache_dir=args[2]).status.encode())
+        except BaseException as error: write(1, b"failed " + type(error).__name__.encode())
 late = Late()
 """
 LATE_THREAD = """
