@@ -149,7 +149,7 @@ _WORKERS_START = 2  # two saturate a fast server; more only fight for the interp
 _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
 _GROW_EVERY = 0.02  # seconds between two looks at that: by then a fast server has sent megabytes
 _BATCH_WORKERS = 2  # threads of a batch to begin with, where it cannot ask ahead
-_BATCH_LIMIT = 32  # requests of a batch on their way, where the network is what it waits for
+_BATCH_LIMIT = 32  # objects of a batch asked for at a time, where it waits for the network
 _AHEAD = 4  # requests sent together before their turn: eight at a time did not go faster
 _AHEAD_WITHIN = 0.5  # seconds that an object may take for that; a server does not wait for long
 _TURN_WAIT = 0.02  # seconds: a hundred short turns; on a slow file system a turn takes longer
@@ -1109,12 +1109,12 @@ class _Turn:
         """Pass the turn on."""
         with self._mutex:
             self._begin_round()
-            idle = [waiter for waiter in self._round if not waiter.busy]
-            self._taken, self._given = bool(idle), self._given + 1
-            if idle:
-                self._round.remove(idle[-1])
-                idle[-1].given = True
-                idle[-1].gate.release()
+            waiter = next((w for w in reversed(self._round) if not w.busy), None)
+            self._taken, self._given = waiter is not None, self._given + 1
+            if waiter:
+                self._round.remove(waiter)
+                waiter.given = True
+                waiter.gate.release()
 
     def enter(self, ahead: Callable[[], None] | None = None) -> bool:
         """Wait for the turn; ``ahead`` may be called meanwhile, by the thread that has it.
@@ -1699,15 +1699,14 @@ class _Exchange:
         self.switch = switch
         self.sent: _Connection | None = None  # where the request is on its way
 
-    def _route(self) -> tuple[Any, ...]:
-        """Find the way, and return the key of connections that go it."""
+    def _route(self) -> None:
+        """Find the proxy, and the key of the connections that go this way."""
         origin = self.place.origin
         self.proxy = proxy = _proxy(origin) if self.env.proxied(origin[0]) else None
         login = proxy and (proxy.origin, proxy.auth)
         self.key: tuple[Any, ...] = origin, login
         if origin[0] == "https":
             self.key = origin, login, self.env.ca
-        return self.key
 
     def _send(self, connection: _Connection) -> None:
         place, proxy = self.place, self.proxy
@@ -1745,7 +1744,8 @@ class _Exchange:
         """
         if not connect and self.env.proxied(self.place.origin[0]):
             return False  # to ask for a proxy may take long
-        connection = _POOL.take(self._route())
+        self._route()
+        connection = _POOL.take(self.key)
         try:
             if connect and not connection:
                 connection = _connect(self.place, self.proxy, self.key, self.env)
@@ -1764,7 +1764,9 @@ class _Exchange:
 
     def _converse(self) -> tuple[int, dict[str, str], _Body]:
         sent, self.sent = self.sent, None
-        kept = sent or _POOL.take(self._route())
+        if not sent:
+            self._route()
+        kept = sent or _POOL.take(self.key)
         if kept:
             try:
                 if not sent:
@@ -1881,8 +1883,8 @@ class _Patience:
 
 
 # ==== 6 Sources ===================================================================================
-# Three senders and a file behind one ``read(ask) -> _Answer``. 200, 206, 304, 412 and
-# 416 are answers; everything else is raised. The only section that names boto3.
+# Three senders and a file behind one ``read(ask) -> _Answer``. 200, 206, 304, 412 and 416 are
+# answers; everything else is raised. The only section that names boto3.
 
 _REGIONS: dict[tuple[str, str], str] = {}  # (endpoint, bucket) -> region, learnt from redirects
 _SIGNED_BUCKETS: set[tuple[str, str]] = set()  # (endpoint, bucket) that refused us unsigned
@@ -2381,9 +2383,9 @@ class _Access:
 
     def signs(self, bucket: str) -> bool:
         """Tell whether a bucket is asked with a signature from the first."""
-        if self.client is not None or self.anonymous is not None:
-            return self.client is not None or self.anonymous is False
-        return (self.env.endpoint, bucket) in _SIGNED_BUCKETS
+        if self.client is not None or self.anonymous is False:
+            return True
+        return self.anonymous is None and (self.env.endpoint, bucket) in _SIGNED_BUCKETS
 
     def sources(self, target: _Target, version: str | None) -> Iterator[_Source]:
         """Yield the sources to try: the next one is for a caller that was refused."""
@@ -4410,49 +4412,48 @@ class _Behind:
     """Hashes a growing partial file in order, beside its download."""
 
     def __init__(self, file: _Partial, name: str) -> None:
-        self._file, self._hash = file, _hasher(name)
-        self._stop = False
+        self._file, self._hash, self._stop = file, _hasher(name), False
         self._error: OSError | None = None
+        self._thread: threading.Thread | None = threading.Thread(target=self._run, daemon=True)
         file.hold()
-        self._thread = threading.Thread(target=self._run, daemon=True)
         try:
             self._thread.start()
-            self._started = True
-        except RuntimeError:
-            self._started = False
+        except RuntimeError:  # at interpreter exit, or out of threads: after the download, then
+            self._thread = None
+            file.release()
 
     def _run(self) -> None:
         try:
-            index = 0
-            while index < self._file.count and not self._stop:
-                if self._file.state[index] != 2:
-                    time.sleep(0.005)
-                    continue
-                start, stop = self._file.chunk(index)
-                self._hash.update(_read_at(self._file.fd, start, stop - start))
-                index += 1
+            self._follow()
         except OSError as error:  # for whoever asks: a thread's own traceback helps nobody
             self._error = error
         finally:
             self._file.release()
 
+    def _follow(self) -> None:
+        index = 0
+        while index < self._file.count and not self._stop:
+            if self._file.state[index] != 2:
+                time.sleep(0.005)
+                continue
+            start, stop = self._file.chunk(index)
+            self._hash.update(_read_at(self._file.fd, start, stop - start))
+            index += 1
+
     def digest(self) -> bytes:
         """Return the digest of the whole file, which is complete by now."""
-        if self._started:
-            self._thread.join()
-        else:
-            self._started = True
-            self._run()
-        if self._error:
-            raise _disk_error(self._error, self._file.path)
+        with _Disk(self._file.path):
+            if self._thread is None:
+                self._follow()
+            else:
+                self._thread.join()
+            if self._error:
+                raise self._error
         return bytes(self._hash.digest())
 
     def close(self) -> None:
         """End the thread, if its digest is no longer wanted."""
         self._stop = True
-        if not self._started:
-            self._started = True
-            self._file.release()
 
 
 class _Download:
@@ -4617,13 +4618,12 @@ class _Look:
 
     def ask_ahead(self, source: _Source, opt: _Options, connect: bool = True) -> bool:
         """Send the first request now, to read its answer in the call's turn; False if not."""
+        if self.key in _FLIGHTS or self.key in _ASKED:
+            return False  # what another thread fetches is not asked for twice
         newest = self.held[0] if self.held else None
         ask = self.first_ask(newest, opt)
         exchange = source.exchange(ask)
-        # What another thread fetches is not asked for twice.
-        if exchange is None or self.key in _FLIGHTS or self.key in _ASKED:
-            return False
-        if not exchange.send_ahead(connect):
+        if exchange is None or not exchange.send_ahead(connect):
             return False
         _ASKED.add(self.key)
         ask.sent, self.ask, self.newest = exchange, ask, newest
@@ -4996,12 +4996,14 @@ class _Batch:
 
     def _begin(self, opt: _Options) -> None:
         """Ask for a few objects ahead, together: so the server is woken once."""
+        if self._look is None or len(self._begun) > 1:
+            return
         since = time.monotonic()
-        for _ in range(_AHEAD if self._look and len(self._begun) < 2 else 0):
+        for _ in range(_AHEAD):
             if not (self._quick and self._room(1)):
                 return
             item = self._take()
-            if not item or self._look is None:
+            if not item:
                 self._room(-1)
                 return
             self._begun.append((item[0], _quietly(self._look, item[0], opt)))
@@ -5139,10 +5141,12 @@ class _Tree:
             if _is_whole_tree(path, names, keys):
                 self.store.confirm(path)
                 return self.result(path, "revalidated", size)
-            return self.assemble(path, names, keys)
+            if not self.assemble(path, names, keys):
+                return None
+        return self.result(path, "downloaded" if self.fetched else "revalidated", size)
 
-    def assemble(self, path: str, names: list[str], keys: list[_Key]) -> LocalizedResource | None:
-        """Make the directory that a listing describes; None if it changes meanwhile."""
+    def assemble(self, path: str, names: list[str], keys: list[_Key]) -> bool:
+        """Make the directory that a listing describes; False if that changes meanwhile."""
         with _Disk(self.store.trees):
             self.store.make(self.store.trees)
             if _folds_case(self.store):
@@ -5152,12 +5156,11 @@ class _Tree:
         try:
             self.fill(aside, names, keys)
             if self.changed:
-                return None
+                return False
             self.publish(aside, path, names, keys)
         finally:
             _remove_tree(aside)
-        size = sum(key.size for key in keys)
-        return self.result(path, "downloaded" if self.fetched else "revalidated", size)
+        return True
 
     def fill(self, aside: str, names: list[str], keys: list[_Key]) -> None:
         """Link every file into the directory, fetching what we do not hold."""
