@@ -118,10 +118,10 @@ if TYPE_CHECKING:
 # Every number of the module, each with its reason; read at call time, so tests can shrink them.
 
 _MiB = 1 << 20
-_CHUNK = _MiB  # what the log of a partial file vouches for: a crash loses at most this per worker
+_CHUNK = 256 << 10  # read, checked, written and logged at a time; larger did not go faster
+_WHOLE = _MiB  # comes into memory, and is written at once when it is checked
 _SPAN = 8 * _MiB  # the most that one range asks for: a round trip is little beside it
 _SMALL = 8 * _MiB  # comes in one answer; above, in ranges and with a log to resume from
-_BUFFER = 256 << 10  # bytes a worker holds: larger did not go faster, 16 of them are 4 MiB
 
 _CONNECT_TIMEOUT = 10.0  # seconds for one address; a live host answers a SYN in well under one
 _CONNECT_TOTAL = 30.0  # seconds for all the addresses of a name, proxy and TLS handshake included
@@ -147,8 +147,10 @@ _RETRY_TOKENS = 500  # per process, 5 a retry, 1 back per success: ends storms, 
 
 _WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
 _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
-_GROW_EVERY = 0.02  # seconds between two looks at that: by then a fast server has sent megabytes
+_GROW_EVERY = 0.01  # seconds between two looks at that: by then a fast server has sent a megabyte
 _BATCH_WORKERS = 2  # threads of a batch to begin with, where it cannot ask ahead
+_BATCH_EVERY = 0.05  # seconds between two looks at how busy they are
+_BATCH_BUSY = 0.75  # share of that time on a CPU: above, more threads only fight
 _BATCH_LIMIT = 32  # objects of a batch asked for at a time, where it waits for the network
 _AHEAD = 4  # requests sent together before their turn: eight at a time did not go faster
 _AHEAD_WITHIN = 0.5  # seconds that an object may take for that; a server does not wait for long
@@ -784,8 +786,8 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
         raise TransferError("Malformed answer: not HTTP/1.x", retry="soon")
     headers: dict[str, str] = {}
     for line in lines[1:]:
-        name, _, value = line.partition(":")
-        name = _field_name(name) if len(name) < len(line) else ""
+        name, colon, value = line.partition(":")
+        name = colon and _field_name(name)
         # A lone CR, LF or NUL in a value would smuggle headers when we send an ETag back.
         if not name or not (clean or _clean(value)):
             raise TransferError(f"Malformed answer: header {_printable(line[:80])!r}")
@@ -1108,13 +1110,14 @@ class _Turn:
     def _give(self) -> None:
         """Pass the turn on."""
         with self._mutex:
+            self._taken, self._given = False, self._given + 1
             self._begin_round()
-            waiter = next((w for w in reversed(self._round) if not w.busy), None)
-            self._taken, self._given = waiter is not None, self._given + 1
-            if waiter:
-                self._round.remove(waiter)
-                waiter.given = True
-                waiter.gate.release()
+            for waiter in reversed(self._round):
+                if not waiter.busy:
+                    self._round.remove(waiter)
+                    self._taken = waiter.given = True
+                    waiter.gate.release()
+                    break
 
     def enter(self, ahead: Callable[[], None] | None = None) -> bool:
         """Wait for the turn; ``ahead`` may be called meanwhile, by the thread that has it.
@@ -1380,9 +1383,9 @@ class _Env:
         self._ca: tuple[str, str, str] | None = None
         self._region: str | None = None
         self._proxied: dict[str, bool] = {}
-        ignored = os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true"
-        url = "" if ignored else _first_env("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-        self.endpoint = url.rstrip("/")
+        url = _first_env("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+        ignored = url and os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "")
+        self.endpoint = "" if ignored.lower() == "true" else url.rstrip("/")
 
     @property
     def region(self) -> str:
@@ -2467,51 +2470,45 @@ class _Bytes(_Sink):
 
 
 class _Chunks(_Sink):
-    """A body on its way to a file, through one reused buffer, with a CRC32 of every chunk."""
+    """A body on its way to a file, a chunk at a time through one reused buffer."""
 
     def __init__(
         self,
         file: _ChunkFile,
         at: int,
         total: int | None,
-        buffer: memoryview,
         progress: Callable[[int], object] | None,
+        buffer: memoryview | None = None,
     ) -> None:
         super().__init__(at, progress)
-        self._file, self._total, self._buffer = file, total, buffer
-        self._filled = self._crc = 0
+        self._file, self._total = file, total
+        self._buffer = memoryview(bytearray(_CHUNK)) if buffer is None else buffer
 
     def room(self, stop: int | None) -> memoryview:
-        size = min(len(self._buffer) - self._filled, _CHUNK - self.at % _CHUNK)
-        size = size if stop is None else min(size, stop - self.at)
-        return self._buffer[self._filled : self._filled + size]
+        filled = self.at % _CHUNK
+        size = _CHUNK - filled if stop is None else min(_CHUNK - filled, stop - self.at)
+        return self._buffer[filled : filled + size]
 
     def took(self, size: int) -> None:
-        self._filled += size
         super().took(size)
-        ends = self.at % _CHUNK == 0 or self.at == self._total
-        if ends or self._filled == len(self._buffer):
-            self._flush(ends)
+        if self.at % _CHUNK == 0 or self.at == self._total:
+            self._flush()
 
-    def _flush(self, ends: bool) -> None:
+    def _flush(self) -> None:
         from zlib import crc32
 
-        view = self._buffer[: self._filled]
-        self._crc = crc32(view, self._crc)
-        self._file.write(view, self.at - self._filled)
-        self._filled = 0
-        if ends:
-            self._file.finish(max(0, self.at - 1) // _CHUNK, self._crc)
-            self._crc = 0
+        index = max(0, self.at - 1) // _CHUNK
+        view = self._buffer[: self.at - index * _CHUNK]
+        self._file.write(view, index * _CHUNK)
+        self._file.finish(index, crc32(view))
 
     def end(self) -> None:
         """Write what is left of a body whose length nobody knew."""
         if self.at % _CHUNK or not self.at:
-            self._flush(True)
+            self._flush()
 
     def rewind(self) -> None:
         super().rewind()
-        self._filled = self._crc = 0
         self._file.restart()
 
 
@@ -2862,32 +2859,24 @@ def _publish(temporary: str, final: str) -> str:
     return final
 
 
-def _checksum(crcs: Sequence[int]) -> str:
+def _checksum(crcs: bytes | bytearray) -> str:
     """Return the checksum in a name: a lone chunk's CRC32, of more the CRC32 of their CRC32s."""
     from zlib import crc32
 
-    if len(crcs) == 1:
-        return f"{crcs[0]:08x}"
-    return f"{crc32(b''.join(c.to_bytes(4, 'big') for c in crcs)):08x}"
+    return crcs.hex() if len(crcs) == 4 else f"{crc32(crcs):08x}"
 
 
-def _crc_of_file(path: str) -> str:
-    """Read a file back and return its checksum."""
+def _crcs(chunks: Iterable[bytes | memoryview]) -> bytes:
+    """Return the CRC32s of chunks, one after the other."""
     from zlib import crc32
 
-    crcs: list[int] = []
-    with open(path, "rb", buffering=0) as file:
-        while True:
-            crc, left = 0, _CHUNK
-            while left:
-                data = file.read(min(left, _BUFFER))
-                if not data:
-                    break
-                crc, left = crc32(data, crc), left - len(data)
-            if left < _CHUNK or not crcs:
-                crcs.append(crc)
-            if left:
-                return _checksum(crcs)
+    return b"".join([crc32(chunk).to_bytes(4, "big") for chunk in chunks])
+
+
+def _checksum_of_file(path: str) -> str:
+    """Read a file back and return its checksum."""
+    with open(path, "rb", buffering=_CHUNK) as file:
+        return _checksum(_crcs(iter(partial(file.read, _CHUNK), b"")))
 
 
 _KNOWN_ROOTS: dict[str, tuple[int, int]] = {}  # root -> (device, inode) once found safe
@@ -2955,8 +2944,9 @@ class _Store:
     def __init__(self, cache_dir: str) -> None:
         self.cache_dir = cache_dir
         self.root = os.path.join(cache_dir, "aind-s3-cache")
-        folders = (self.root + os.sep + name for name in ("objects", "partial", "trees", "locks"))
-        self.objects, self.partial, self.trees, self.locks = folders
+        below = self.root + os.sep
+        self.objects, self.partial = below + "objects", below + "partial"
+        self.trees, self.locks = below + "trees", below + "locks"
         self._found = False  # looked at once for each call
         self._looked, self._recent = -1.0, False
 
@@ -3192,7 +3182,7 @@ class _Spool:
         self._reset()
 
     def _reset(self) -> None:
-        self.crcs: list[int] = []
+        self.crcs = bytearray()
         self._hashes = {name: _hasher(name) for name in self._names}
 
     def write(self, view: memoryview, offset: int) -> None:
@@ -3202,7 +3192,7 @@ class _Spool:
             digest.update(view)
 
     def finish(self, index: int, crc: int) -> None:
-        self.crcs.append(crc)
+        self.crcs += crc.to_bytes(4, "big")
 
     def restart(self) -> None:
         with _Disk(self.directory, self.need):
@@ -3253,7 +3243,7 @@ class _Partial:
         self.path = os.path.join(store.partial, self.key + _random())
         self.count = -(-total // _CHUNK)
         self.state = bytearray(self.count)  # 0 free, 1 taken, 2 done
-        self.crcs = [0] * self.count
+        self.crcs = bytearray(4 * self.count)
         self.lock = threading.Lock()
         self.shared = False  # peers work on the same object: take chunks at random
         self._users, self._closed = 1, False
@@ -3299,7 +3289,7 @@ class _Partial:
     def finish(self, index: int, crc: int) -> None:
         """Note a chunk that is wholly written."""
         with self.lock:
-            self.crcs[index] = crc
+            self.crcs[4 * index : 4 * index + 4] = crc.to_bytes(4, "big")
             self.state[index] = 2
         with _Disk(self.path + ".log"):
             os.write(self.log, b"%x %08x\n" % (index, crc))
@@ -3708,7 +3698,7 @@ class _Keeper:
             if unit.entry.kind == "object":
                 entry = _Entry(*os.path.split(unit.entry.path))
                 try:
-                    good = entry.check() and _crc_of_file(entry.path) == entry.crc
+                    good = entry.check() and _checksum_of_file(entry.path) == entry.crc
                 except FileNotFoundError:
                     continue
                 except OSError:
@@ -3786,9 +3776,10 @@ def _default_cache_dir() -> str:
     return _fallback_dir()
 
 
-def _ident(source: _Source) -> str:
+@lru_cache(maxsize=256)
+def _ident(place_id: tuple[str, ...]) -> str:
     """Return the hash that names an object in the store; nothing of its URI can be read off it."""
-    return _digest(*source.place_id)[:20]
+    return _digest(*place_id)[:20]
 
 
 # ==== 8 JSON ======================================================================================
@@ -3916,7 +3907,7 @@ def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
     """Return a document from the default cache: offline, that is all there is."""
     store = _Store(_default_cache_dir())
     source = next(access.sources(target, None))
-    for entry in store.find(_ident(source), access.anonymous is not True):
+    for entry in store.find(_ident(source.place_id), access.anonymous is not True):
         return _read_json(_File(entry.path))
     raise OfflineError("Not in the cache, and offline", uri=source.uri)
 
@@ -4493,7 +4484,7 @@ class _Download:
         """Fetch runs of chunks until none is free: what one worker does."""
         self.file.hold()
         try:
-            buffer = memoryview(bytearray(_BUFFER))
+            buffer = memoryview(bytearray(_CHUNK))
             patience = _Patience(self.switch, gauge=partial(self.file.state.count, 2))
             while True:
                 with self.file.lock:
@@ -4512,7 +4503,7 @@ class _Download:
     def _fetch(
         self, answer: _Answer | None, start: int, stop: int, buffer: memoryview, patience: _Patience
     ) -> None:
-        sink = _Chunks(self.file, start, self.total, buffer, self.count)
+        sink = _Chunks(self.file, start, self.total, self.count, buffer)
         if answer is None:
             answer = _resume(self.source, sink, stop, self.etag, self.total, patience)
             if answer.status == 200:
@@ -4596,7 +4587,7 @@ class _Look:
     __slots__ = ("ask", "entries", "held", "ident", "key", "newest", "place_id")
 
     def __init__(self, source: _Source, opt: _Options) -> None:
-        self.ident, self.place_id = _ident(source), (source.signed, source.place_id)
+        self.ident, self.place_id = _ident(source.place_id), (source.signed, source.place_id)
         self.key = opt.store.root, self.ident
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
@@ -4719,13 +4710,13 @@ class _Fetch:
         status, size = "downloaded", answer.total
         if self.tally and size is not None:
             self.tally.expect(size)
-        if size is None or size > _CHUNK:
+        if size is None or size > _WHOLE:
             _TURN.leave()
         if verdict == "parts" and not (answer.whole and (size or 0) <= _SMALL):
             path, shared = self._large(answer)
             status = "revalidated" if shared else status
         else:
-            fits = size is not None and size <= _CHUNK
+            fits = size is not None and size <= _WHOLE
             path = self._small(answer, size or 0) if fits else self._stream(answer)
         _QUOTA.give()
         entry = _Entry(*os.path.split(path))
@@ -4739,8 +4730,6 @@ class _Fetch:
 
     def _small(self, answer: _Answer, size: int) -> str:
         """Keep a small object in memory until it is whole and checked, then write it at once."""
-        from zlib import crc32
-
         sink = _Bytes(size, self.tally)
         _pull(self.source, answer, sink, size, size, self.patience)
         _check_bytes(self.source, answer, sink.data)
@@ -4749,7 +4738,8 @@ class _Fetch:
             sha = _hasher("sha256")
             sha.update(sink.data)
             validator = "n" + sha.hexdigest()[:20]
-        name = self._name(validator, size, _checksum([crc32(sink.data)]))
+        crcs = _crcs(sink.view[at : at + _CHUNK] for at in range(0, size, _CHUNK))
+        name = self._name(validator, size, _checksum(crcs))
         return self.store.add(self.ident, name, sink.view, self.source.signed)
 
     def _stream(self, answer: _Answer) -> str:
@@ -4759,7 +4749,7 @@ class _Fetch:
         total = answer.total
         file = _Spool(self.store, self.ident, self.source.signed, total or 0, names)
         try:
-            sink = _Chunks(file, 0, total, memoryview(bytearray(_BUFFER)), self.tally)
+            sink = _Chunks(file, 0, total, self.tally)
             if total is None:
                 _pull_to_end(answer, sink)
             else:
@@ -4971,12 +4961,12 @@ class _Batch:
     def _grow(self, active: int) -> int:
         """Return how many threads are to join: many as long as all wait for the network."""
         now = time.monotonic()
-        if now - self._grown < 0.05:
+        if now - self._grown < _BATCH_EVERY:
             return 0
         used = _CPU.total
         busy = (used - self._cpu) / (now - self._grown)
         self._grown, self._cpu = now, used
-        more = 0 if busy > 0.75 else active if busy > 0.3 else 3 * active
+        more = 0 if busy > _BATCH_BUSY else active if busy > 0.4 * _BATCH_BUSY else 3 * active
         with self._lock:
             count = max(0, min(more, self._limit - self._threads - self._ahead))
             self._threads += count
@@ -5243,6 +5233,18 @@ def _may_be_tree(source: _Source) -> bool:
     return source.kind == "s3" and not source.version
 
 
+def _unasked(source: _Source, opt: _Options, entries: list[_Entry]) -> LocalizedResource | None:
+    """Return what may be served without a request; None if the server is to be asked."""
+    for entry in entries[:1]:
+        if _is_fresh(opt, opt.store.validated(entry)):
+            opt.store.used(entry.path, entry.stamp)
+            return _held(source, entry, "fresh")
+    found = _Tree(source, opt).held() if not entries and _may_be_tree(source) else None
+    if opt.offline and not found:
+        raise OfflineError("Not in the cache, and offline", uri=source.uri)
+    return found
+
+
 def _cached(source: _Source, opt: _Options) -> LocalizedResource:
     """Return one object from the cache, from the server, or from whichever of the two can."""
     store, look = opt.store, opt.look
@@ -5251,16 +5253,10 @@ def _cached(source: _Source, opt: _Options) -> LocalizedResource:
         look = _Look(source, opt)
     ident, entries, held = look.ident, look.entries, look.held
     # 2. Offline, or young enough: no request.
-    for entry in entries[:1]:
-        if _is_fresh(opt, store.validated(entry)):
-            store.used(entry.path, entry.stamp)
-            return _held(source, entry, "fresh")
-    if not entries and (opt.offline or opt.max_age > 0) and _may_be_tree(source):
-        found = _Tree(source, opt).held()
+    if opt.offline or opt.max_age > 0:
+        found = _unasked(source, opt, entries)
         if found:
             return found
-    if opt.offline:
-        raise OfflineError("Not in the cache, and offline", uri=source.uri)
     # 3. Ask; threads that miss together ask one after the other.
     try:
         if held:

@@ -243,11 +243,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes at a 64th: an object of 256 KiB is large, and a MiB comes in several ranges.
+    """Small sizes: an object of 256 KiB is large, and a MiB comes in several ranges.
 
     To be used with `multipart_threshold_bytes=256 << 10`.
     """
     monkeypatch.setattr(s3c, "_CHUNK", 16 << 10)
+    monkeypatch.setattr(s3c, "_WHOLE", 16 << 10)
     monkeypatch.setattr(s3c, "_SPAN", 64 << 10)
     monkeypatch.setattr(s3c, "_SMALL", 256 << 10)
 

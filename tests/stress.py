@@ -59,11 +59,11 @@ Get = Callable[[str], Read]
 
 
 def spoil() -> None:
-    """The module at a 16th of its sizes, with locks that do nothing and no hour of grace."""
+    """The module with small sizes, with locks that do nothing and no hour of grace."""
     import fcntl
 
     setattr(fcntl, "flock", lambda *_: None)  # noqa: B010 - for mypy, a function is no variable
-    numbers = {"_CHUNK": CHUNK, "_SPAN": 4 * CHUNK, "_SMALL": 8 * CHUNK}
+    numbers = {"_CHUNK": CHUNK, "_WHOLE": CHUNK, "_SPAN": 4 * CHUNK, "_SMALL": 8 * CHUNK}
     for name, number in {**numbers, "_GRACE": 0.0, "_USE_GRAIN": 0.0}.items():
         assert hasattr(s3c, name), name
         setattr(s3c, name, number)

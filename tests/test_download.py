@@ -964,7 +964,8 @@ def test_what_came_before_ctrl_c_is_not_fetched_again(
 
 ROUNDS = """
 import gc, json, os, sys, threading, time, SUBJECT as s3c
-s3c._CHUNK, s3c._SPAN, s3c._SMALL = 16 << 10, 64 << 10, 256 << 10
+s3c._CHUNK, s3c._WHOLE = 16 << 10, 16 << 10
+s3c._SPAN, s3c._SMALL = 64 << 10, 256 << 10
 s3c._RETRIES, s3c._RETRY_BASE, s3c._STALL_TIMEOUT = 1, 0.001, 0.1
 url, cache, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
 def go_once():

@@ -19,6 +19,8 @@ from subject import s3c
 MiB = 1 << 20
 DAY = 86400.0
 SIZE = 32 * MiB
+CHUNK: int = s3c._CHUNK
+COUNT = SIZE // CHUNK
 Publish = Callable[..., str]
 Get = Callable[..., Any]
 
@@ -46,8 +48,18 @@ def parts(cache: Path) -> Path:
 
 
 def logged(cache: Path) -> int:
-    """How many chunks (of 1 MiB) are noted as done."""
-    return sum(log.read_bytes().count(b"\n") for log in parts(cache).glob("*.log"))
+    """How many bytes are noted as done, in whole chunks."""
+    lines = sum(log.read_bytes().count(b"\n") for log in parts(cache).glob("*.log"))
+    return lines * CHUNK
+
+
+def start_counting(server: Server) -> None:
+    """Count from zero, and not what is still on its way to the dead."""
+    sent = -1
+    while sent != server.bytes_sent:
+        sent = server.bytes_sent
+        time.sleep(0.05)
+    server.reset()
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +84,13 @@ def kill(spawn: Spawn, server: Server, cache: Path) -> Callable[..., Path]:
     def kill(uri: str, size: int = SIZE, number: int = signal.SIGKILL) -> Path:
         server.rate = size // 8
         child = spawn(CHILD, uri, cache)
-        while logged(cache) < size // MiB // 2:
+        while logged(cache) < size // 2:
             assert child.poll() is None, child.communicate()
             time.sleep(0.002)
         child.send_signal(number)
         child.wait(10)
         server.rate = None
-        sent = -1
-        while sent != server.bytes_sent:  # what is on its way to the dead is not to be counted
-            sent = server.bytes_sent
-            time.sleep(0.05)
-        server.reset()
+        start_counting(server)
         (data,) = parts(cache).glob("*.data")
         return data
 
@@ -191,7 +199,7 @@ def _flip(at: int) -> Callable[[bytes], bytes]:
 
 
 def _first_logged(data: Path) -> int:
-    return int(with_log(data).read_bytes().split()[0], 16) * MiB
+    return int(with_log(data).read_bytes().split()[0], 16) * CHUNK
 
 
 def test_a_flipped_bit_in_the_orphan(
@@ -221,11 +229,13 @@ TORN: dict[str, Callable[[bytes], bytes]] = {
     "zeros, as after a power cut": lambda log: b"\0" * len(log),
     "zeros at the end": lambda log: log[:20] + b"\0" * (len(log) - 20),
     "noise": lambda log: log + bytes(range(256)),
-    "numbers out of range": lambda log: log + b"-1 00000000\nffffffff 00000000\n20 00000000\n",
+    "numbers out of range": lambda log: (
+        log + b"-1 00000000\nffffffff 00000000\n%x 00000000\n" % COUNT
+    ),
     "short and long sums": lambda log: log + b"1 0\n2 00000000ff\n3\n4 5 6\n\n \n",
-    "wrong sums": lambda log: b"".join(b"%x 12345678\n" % i for i in range(32)),
+    "wrong sums": lambda log: b"".join(b"%x 12345678\n" % i for i in range(COUNT)),
     "wrong sums after right ones": lambda log: (
-        log + b"".join(b"%x 0000abcd\n" % i for i in range(32))
+        log + b"".join(b"%x 0000abcd\n" % i for i in range(COUNT))
     ),
     "chunks swapped": lambda log: log.replace(b"0 ", b"1 ", 1),
     "not of this world": lambda log: "\u0661 \u0662\n".encode() + b"\xff\xfe 00000000\n" + log,
@@ -369,11 +379,10 @@ def test_a_failed_transfer_keeps_one_partial_file(
     with pytest.raises(s3c.TransferError):
         get(uri)
     assert sorted(path.suffix for path in parts(cache).iterdir()) == [".data", ".log"]
-    kept, server.before = logged(cache) * MiB, None
-    server.always(None).reset()
+    kept, server.before = logged(cache), None
+    start_counting(server.always(None))
     assert get(uri).path.read_bytes() == DATA
-    late = MiB  # of the first call, still on its way
-    assert 0 < server.bytes_sent <= SIZE - kept + 8 * MiB + late
+    assert 0 < server.bytes_sent <= SIZE - kept + 8 * MiB
     assert list(parts(cache).iterdir()) == []
 
 
@@ -400,7 +409,8 @@ def test_patience_with_the_parts_is_all_the_patience_there_is(
     server.before = lambda asked: (200, b"", {}, (RESET,)) if "if-match" in asked.headers else None
     with pytest.raises(s3c.TransferError, match="after 9 attempts"):
         get(uri, max_concurrency=2)
-    assert len(server.seen) <= 1 + 4 * 9, "retries of retries"
+    # Two workers, two connections an attempt, and what the first answer brings is progress.
+    assert len(server.seen) < 9 * 9, "retries of retries"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
