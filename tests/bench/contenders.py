@@ -284,17 +284,27 @@ def _in_threads(function: Callable[[str], object], keys: list[str]) -> None:
 # -- many small objects
 
 
+def _ours(job: Job) -> Any:
+    """Import the module, and what it imports at first use: nobody's imports are timed here."""
+    from importlib import import_module
+
+    lazily = ["encodings.idna", "hashlib", "socket", "zlib"]
+    for name in [*lazily, "ssl"] if job.url.startswith("https") else lazily:
+        import_module(name)
+    return import_module("aind_s3_cache")
+
+
 @worker("small", OURS + ", batch")
 def _(job: Job) -> Work:
-    from aind_s3_cache import get_local_paths_for_resources
-
+    batch = _ours(job).get_local_paths_for_resources
     uris = [job.uri(key) for key in job.keys]
     yield
-    get_local_paths_for_resources(uris, cache_dir=job.dest)
+    batch(uris, cache_dir=job.dest)
 
 
 @worker("small", OURS + ", own 16 threads")
 def _(job: Job) -> Work:
+    _ours(job)
     call = CALLERS[OURS](job)
     uris = [job.uri(key) for key in job.keys]
     yield
@@ -367,10 +377,9 @@ def _s5cmd(job: Job) -> tuple[str, ...]:
 
 @worker("large", OURS)
 def _(job: Job) -> Work:
-    from aind_s3_cache import get_local_path_for_resource
-
+    call = _ours(job).get_local_path_for_resource
     yield
-    get_local_path_for_resource(job.uri(job.key), cache_dir=job.dest)
+    call(job.uri(job.key), cache_dir=job.dest)
 
 
 @worker("large", OLD)
@@ -473,11 +482,10 @@ def _s3fs(job: Job) -> Any:
 
 @worker("tree", OURS)
 def _(job: Job) -> Work:
-    from aind_s3_cache import get_local_path_for_resource
-
+    call = _ours(job).get_local_path_for_resource
     for _ in range(2):
         yield
-        get_local_path_for_resource(job.uri("tree/"), cache_dir=job.dest)
+        call(job.uri("tree/"), cache_dir=job.dest)
 
 
 @worker("tree", "s5cmd")

@@ -70,7 +70,7 @@ class Sizes(NamedTuple):
     large: int = 1024 * MIB
     narrow: int = 256 * MIB
     latencies: int = 12
-    seconds: float = 1.2
+    seconds: float = 0.6
 
 
 QUICK = Sizes(200, 300, 16 * MIB, 64 * MIB, 64 * MIB, 4, 0.3)
@@ -299,8 +299,8 @@ def scenarios(bench: Bench) -> list[Scenario]:
         Scenario("near", "Latency, http on loopback", caches + bare, 3, latency("http")),
         Scenario("far", f"Latency, http, {rtt}", caches + bare, 2, latency("far http")),
         Scenario("far-tls", f"Latency, https, {rtt}", [OURS, OLD, *bare], 2, latency("far https")),
-        Scenario("hits", "Hits, one thread", [*caches[:3], BARE], 5, hits("hits")),
-        Scenario("hits16", "Hits, 16 threads", [OURS, OLD], 3, hits("hits, 16 threads")),
+        Scenario("hits", "Hits, one thread", [*caches[:3], BARE], 9, hits("hits")),
+        Scenario("hits16", "Hits, 16 threads", [OURS, OLD], 5, hits("hits, 16 threads")),
         Scenario(
             "small", f"{sizes.small:,} objects of 4 KiB", works["small"], 5, many("small", small)
         ),
