@@ -1900,7 +1900,6 @@ class _Ask:
         "if_match",
         "if_modified_since",
         "if_none_match",
-        "sent",
         "span",
         "start",
         "stop",
@@ -1921,12 +1920,6 @@ class _Ask:
         self.span = None if start is None else f"bytes={start}-{'' if stop is None else stop - 1}"
         self.if_match, self.if_none_match = if_match, if_none_match
         self.if_modified_since = if_modified_since
-        self.sent: _Exchange | None = None  # on its way already
-
-    def take_sent(self) -> _Exchange | None:
-        """Return the exchange that was begun ahead; its answer is read once."""
-        sent, self.sent = self.sent, None
-        return sent
 
     @property
     def fields(self) -> str:
@@ -1953,8 +1946,8 @@ class _Source:
     version: str | None = None
     place_id: tuple[str, ...] = ()  # everything that makes it this object and no other
 
-    def read(self, ask: _Ask) -> _Answer:
-        """Ask for a range, or for all, under conditions."""
+    def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
+        """Ask for a range, or for all, under conditions; or read what was begun by asking so."""
         raise NotImplementedError
 
     def exchange(self, ask: _Ask) -> _Exchange | None:
@@ -2016,8 +2009,8 @@ class _HTTP(_Source):
         # A password or a presigned query is a credential: what it brings is nobody else's.
         self.signed = self.place.auth is not None or "?" in self.place.target
 
-    def read(self, ask: _Ask) -> _Answer:
-        return self._answer(*_follow(ask.take_sent() or self.exchange(ask)))
+    def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
+        return self._answer(*_follow(begun or self.exchange(ask)))
 
     def exchange(self, ask: _Ask) -> _Exchange:
         return _Exchange(self.place, self.env, ask.fields, switch=ask.switch)
@@ -2097,9 +2090,11 @@ class _Unsigned(_S3):
             told = headers.get("x-amz-bucket-region", "")
         return told if _is_region(told) else ""
 
-    def _settled(self, ask: Callable[[], _Exchange]) -> tuple[int, dict[str, str], Reader]:
+    def _settled(
+        self, ask: Callable[[], _Exchange], begun: _Exchange | None = None
+    ) -> tuple[int, dict[str, str], Reader]:
         """Ask; once more where the bucket's region is another than we thought."""
-        exchange = ask()
+        exchange = begun or ask()
         status, headers, body = exchange.answer()
         moved = status in (301, 302, 307, 308)
         if not moved and not (status == 400 and "x-amz-bucket-region" in headers):
@@ -2120,8 +2115,8 @@ class _Unsigned(_S3):
         fields = ask.fields + "x-amz-checksum-mode: ENABLED\r\n"
         return _Exchange(self._at(self.key, query), self.env, fields, switch=ask.switch)
 
-    def read(self, ask: _Ask) -> _Answer:
-        return self._answer(*self._settled(lambda: ask.take_sent() or self.exchange(ask)))
+    def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
+        return self._answer(*self._settled(lambda: self.exchange(ask), begun))
 
     def list_page(self, prefix: str, token: str | None) -> tuple[list[_Key], str | None]:
         query = f"?list-type=2&encoding-type=url&prefix={_quote(prefix, _BUCKET)}"
@@ -2244,7 +2239,7 @@ class _Signed(_S3):
                 raise
             raise translated from None
 
-    def read(self, ask: _Ask) -> _Answer:
+    def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
         if ask.switch:
             ask.switch.check()
         try:
@@ -2293,7 +2288,7 @@ class _File(_Source):
     def __init__(self, path: str) -> None:
         self.path = self.uri = path
 
-    def read(self, ask: _Ask) -> _Answer:
+    def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115  the answer owns it
         except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
@@ -4244,12 +4239,11 @@ class _Options:
         self.version = version_id
         self.meter: _Meter | None = None
         self.switch: _Stop | None = None
-        self.look: _Look | None = None  # of the call to come, made before its turn
 
     def under(self, switch: _Stop) -> _Options:
         """Return the same options for work that this switch stops."""
         other = object.__new__(_Options)
-        other.__dict__.update(self.__dict__, switch=switch, look=None)
+        other.__dict__.update(self.__dict__, switch=switch)
         return other
 
     @property
@@ -4578,13 +4572,13 @@ def _await_peer(store: _Store, ident: str, lock: _Lock, found: Callable[[], T | 
         time.sleep(0.05)
 
 
-_ASKED: set[tuple[str, str]] = set()  # (root, object) that a request was sent ahead for
+_ASKED: dict[tuple[str, str], _Look] = {}  # (root, object) that a request was sent ahead for
 
 
 class _Look:
     """What the cache holds of an object, and maybe a request for it that is on its way."""
 
-    __slots__ = ("ask", "entries", "held", "ident", "key", "newest", "place_id")
+    __slots__ = ("begun", "entries", "held", "ident", "key", "newest", "place_id")
 
     def __init__(self, source: _Source, opt: _Options) -> None:
         self.ident, self.place_id = _ident(source.place_id), (source.signed, source.place_id)
@@ -4595,13 +4589,11 @@ class _Look:
         self.entries = self.held = opt.store.find(self.ident, every)
         if self.entries and not source.signed:
             self.held = [entry for entry in self.entries if not entry.private]
-        self.ask: _Ask | None = None  # sent ahead
-        self.newest: _Entry | None = None  # its condition
+        self.begun: _Exchange | None = None  # asked ahead
+        self.newest: _Entry | None = None  # on the condition that we do not hold this
 
     def first_ask(self, newest: _Entry | None, opt: _Options) -> _Ask:
         """Return what to ask for first: a range, unless the object is still what we hold."""
-        if self.ask and newest is self.newest:
-            return self.ask
         etag = newest.etag if newest else None
         modified = newest.modified if newest else None
         switch = opt.switch
@@ -4612,21 +4604,27 @@ class _Look:
         if self.key in _FLIGHTS or self.key in _ASKED:
             return False  # what another thread fetches is not asked for twice
         newest = self.held[0] if self.held else None
-        ask = self.first_ask(newest, opt)
-        exchange = source.exchange(ask)
+        exchange = source.exchange(self.first_ask(newest, opt))
         if exchange is None or not exchange.send_ahead(connect):
             return False
-        _ASKED.add(self.key)
-        ask.sent, self.ask, self.newest = exchange, ask, newest
+        _ASKED[self.key] = self
+        self.begun, self.newest = exchange, newest
         return True
+
+    def take(self, newest: _Entry | None) -> _Exchange | None:
+        """Return what was begun on this very condition; its answer is read once."""
+        if newest is not self.newest:
+            return None
+        begun, self.begun = self.begun, None
+        return begun
 
     def close(self) -> None:
         """Leave what was asked for and not read."""
-        if self.ask:
-            _ASKED.discard(self.key)
-            sent, self.ask = self.ask.take_sent(), None
-            if sent:
-                sent.close()
+        begun, self.begun = self.begun, None
+        if begun:
+            begun.close()
+        if _ASKED.get(self.key) is self:
+            del _ASKED[self.key]
 
 
 def _held(source: _Source, entry: _Entry, status: str) -> LocalizedResource:
@@ -4703,7 +4701,7 @@ class _Fetch:
     def _ask(self, newest: _Entry | None) -> _Answer:
         if self.plain:
             return self.source.read(_Ask(switch=self.opt.switch))
-        return self.source.read(self.look.first_ask(newest, self.opt))
+        return self.source.read(self.look.first_ask(newest, self.opt), self.look.take(newest))
 
     def _bring(self, verdict: str, answer: _Answer) -> LocalizedResource:
         """Bring an object in the way that fits it."""
@@ -4931,7 +4929,7 @@ class _Batch:
 
     def __init__(
         self,
-        act: Callable[[Any, _Options], None],
+        act: Callable[[Any, _Options, _Look | None], None],
         items: Iterator[Any],
         opt: _Options,
         limit: int = 0,
@@ -5016,12 +5014,12 @@ class _Batch:
             if begun is None:
                 return
             since = time.monotonic()
-            item, opt.look = begun
+            item, look = begun
             try:
-                self._act(item, opt)
+                self._act(item, opt, look)
             finally:
-                if opt.look:
-                    opt.look.close()
+                if look:
+                    look.close()
             self._quick = time.monotonic() - since < _AHEAD_WITHIN
             _CPU.note()
 
@@ -5159,16 +5157,17 @@ class _Tree:
             for folder in sorted({name.rpartition("/")[0] for name in names} - {""}):
                 os.makedirs(os.path.join(aside, folder), exist_ok=True)
 
-        def bring(item: tuple[str, _Key], opt: _Options) -> None:
+        def bring(item: tuple[str, _Key], opt: _Options, look: _Look | None) -> None:
             name, key = item
             for _ in range(3):
-                path = self.file(key, opt)
+                path = self.file(key, opt, look)
                 try:
                     with _Disk(aside, key.size):
                         return _link(path, f"{aside}/{name}")
                 except CacheError as error:
-                    if error.errno != errno.ENOENT:  # pruned between the look and the link
+                    if error.errno != errno.ENOENT:
                         raise
+                look = None  # pruned between the look and the link
             raise CacheError("An entry disappears while it is linked", uri=self.source.uri)
 
         _Batch(bring, zip(names, keys), self.opt, look=self.look).run()
@@ -5189,10 +5188,10 @@ class _Tree:
             return look
         return None  # to be looked for again, when nobody else fetches it
 
-    def file(self, key: _Key, opt: _Options) -> str:
+    def file(self, key: _Key, opt: _Options, look: _Look | None) -> str:
         """Return the entry of one file of the listing, downloaded if we do not hold it."""
         source = self.source.child(key.key)
-        look, opt.look = opt.look or _Look(source, opt), None
+        look = look or _Look(source, opt)
         entered = False
         try:
             entered = _TURN.enter()
@@ -5245,9 +5244,9 @@ def _unasked(source: _Source, opt: _Options, entries: list[_Entry]) -> Localized
     return found
 
 
-def _cached(source: _Source, opt: _Options) -> LocalizedResource:
+def _cached(source: _Source, opt: _Options, look: _Look | None) -> LocalizedResource:
     """Return one object from the cache, from the server, or from whichever of the two can."""
-    store, look = opt.store, opt.look
+    store = opt.store
     # 1. What we hold.
     if look is None or look.place_id != (source.signed, source.place_id):
         look = _Look(source, opt)
@@ -5305,24 +5304,25 @@ def _look_at(text: str, opt: _Options, connect: bool = True) -> _Look | None:
     return look if look.ask_ahead(source, opt, connect) else None
 
 
-def _object(target: _Target, opt: _Options) -> LocalizedResource:
+def _object(target: _Target, opt: _Options, look: _Look | None) -> LocalizedResource:
     """Localize a single object, in its turn."""
 
     def ahead() -> None:  # another thread's time: too short for connecting
-        opt.look = _quietly(partial(_look_at, connect=False), target.text, opt)
+        nonlocal look
+        look = _quietly(partial(_look_at, connect=False), target.text, opt)
 
     entered = False
     try:
-        entered = _TURN.enter(None if opt.look else ahead)
-        return opt.access.attempt(target, opt.version, lambda source: _cached(source, opt))
+        entered = _TURN.enter(None if look else ahead)
+        return opt.access.attempt(target, opt.version, lambda source: _cached(source, opt, look))
     finally:
         _TURN.exit(entered)
-        if opt.look:
-            opt.look.close()
+        if look:
+            look.close()
 
 
-def _localize(text: str, opt: _Options) -> LocalizedResource:
-    """Localize one resource of any kind."""
+def _localize(text: str, opt: _Options, look: _Look | None = None) -> LocalizedResource:
+    """Localize one resource of any kind; ``look`` was taken before its turn, if there is one."""
     target = _target(text)
     is_tree = target.key.endswith("/")
     if opt.version is not None and (target.kind != "s3" or is_tree):
@@ -5332,7 +5332,7 @@ def _localize(text: str, opt: _Options) -> LocalizedResource:
     missing: NotFoundError | None = None
     if not is_tree:
         try:
-            return _object(target, opt)
+            return _object(target, opt, look)
         except NotFoundError as error:
             if error.code != "NoSuchKey" or opt.version is not None:
                 raise
@@ -5541,12 +5541,12 @@ def get_local_paths_for_resources(
     try:
         if executor is None:
 
-            def look(item: tuple[int, str], inner: _Options) -> _Look | None:
+            def look_at(item: tuple[int, str], inner: _Options) -> _Look | None:
                 return _look_at(item[1], inner)
 
-            def act(item: tuple[int, str], inner: _Options) -> None:
+            def act(item: tuple[int, str], inner: _Options, look: _Look | None) -> None:
                 try:
-                    results[item[0]] = _localize(item[1], inner)
+                    results[item[0]] = _localize(item[1], inner, look)
                 except Exception as error:
                     if not return_exceptions or (inner.switch and inner.switch.event.is_set()):
                         raise
@@ -5554,7 +5554,7 @@ def get_local_paths_for_resources(
 
             # A list can be looked ahead of; a generator may take its time with the next one.
             ready = hasattr(uris, "__len__")
-            _Batch(act, work, opt, max_workers or 0, look if ready else None).run()
+            _Batch(act, work, opt, max_workers or 0, look_at if ready else None).run()
         else:
             _sendable(options, executor)
             if options.get("cache_dir") and not os.fspath(options["cache_dir"]).startswith("~"):

@@ -388,6 +388,25 @@ def test_a_tree_that_is_stopped_half_way_is_not_published(
     assert os.listdir(cache / "aind-s3-cache" / "trees") == []
 
 
+def test_an_entry_that_is_pruned_before_it_is_linked_is_fetched_again(
+    put_tree: Get, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {str(n): b"%d" % n for n in range(9)}
+    put_tree(files)
+    shutil.rmtree(get().path)  # the entries stay
+    link, seen = os.link, set()
+
+    def late_link(source: str, target: str) -> None:
+        if source not in seen:
+            seen.add(source)
+            os.unlink(source)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", late_link)
+    assert contents(get().path) == files
+    assert len(seen) == 9
+
+
 def test_threads_that_ask_for_a_tree_and_a_part_of_it_at_once(
     server: Server, put_tree: Get, get: Get
 ) -> None:
