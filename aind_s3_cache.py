@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Executor
+    from io import FileIO
     from pathlib import Path, PurePath
     from socket import socket as Socket
     from typing import Any, Protocol, TypeVar, Union
@@ -121,6 +122,7 @@ _MiB = 1 << 20
 _CHUNK = 256 << 10  # read, checked, written and logged at a time; larger did not go faster
 _WHOLE = _MiB  # comes into memory, and is written at once when it is checked
 _SPAN = 8 * _MiB  # the most that one range asks for: a round trip is little beside it
+_SPAN_FAR = _MiB  # the least of a server that is far; of a near one it is a chunk
 _SMALL = 8 * _MiB  # comes in one answer; above, in ranges and with a log to resume from
 
 _CONNECT_TIMEOUT = 10.0  # seconds for one address; a live host answers a SYN in well under one
@@ -3237,7 +3239,7 @@ class _Partial:
         self.store, self.key, self.total = store, f"{ident}.{version}.", total
         self.path = os.path.join(store.partial, self.key + _random())
         self.count = -(-total // _CHUNK)
-        self.state = bytearray(self.count)  # 0 free, 1 taken, 2 done
+        self.state, self.free = bytearray(self.count), self.count  # 0 free, 1 taken, 2 done
         self.crcs = bytearray(4 * self.count)
         self.lock = threading.Lock()
         self.shared = False  # peers work on the same object: take chunks at random
@@ -3269,6 +3271,7 @@ class _Partial:
             while end < self.count and end - at < most // _CHUNK and not self.state[end]:
                 self.state[end] = 1
                 end += 1
+            self.free -= end - at
         return at * _CHUNK, min(end * _CHUNK, self.total)
 
     def take_first(self, stop: int) -> None:
@@ -3276,6 +3279,7 @@ class _Partial:
         with self.lock:
             for index in range(-(-stop // _CHUNK)):
                 self.state[index] = 1
+                self.free -= 1
 
     def write(self, view: memoryview, offset: int) -> None:
         with _Disk(self.path + ".data", self.total):
@@ -3289,6 +3293,10 @@ class _Partial:
         with _Disk(self.path + ".log"):
             os.write(self.log, b"%x %08x\n" % (index, crc))
 
+    @property
+    def whole(self) -> bool:
+        return self.state.count(2) == self.count
+
     def chunk(self, index: int) -> tuple[int, int]:
         return index * _CHUNK, min((index + 1) * _CHUNK, self.total)
 
@@ -3301,10 +3309,35 @@ class _Partial:
             copied += self._adopt_from(path)
         return copied
 
-    def _adopt_from(self, path: str) -> int:
-        """Copy the good chunks of one partial file: same user, regular, checksum as logged."""
+    def _take_one(self, index: int) -> bool:
+        with self.lock:
+            if self.state[index]:
+                return False
+            self.state[index] = 1
+            self.free -= 1
+            return True
+
+    def _copy(self, file: FileIO, index: int, crc: int) -> int:
+        """Copy a taken chunk if its checksum is right; whatever goes wrong, it is free again."""
         from zlib import crc32
 
+        start, stop = self.chunk(index)
+        try:
+            file.seek(start)
+            data = file.read(stop - start)
+            if len(data) == stop - start and crc32(data) == crc:
+                self.write(memoryview(data), start)
+                self.finish(index, crc)
+                return len(data)
+        finally:
+            with self.lock:
+                if self.state[index] == 1:
+                    self.state[index] = 0
+                    self.free += 1
+        return 0
+
+    def _adopt_from(self, path: str) -> int:
+        """Copy the good chunks of one partial file: same user, regular, checksum as logged."""
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         copied, files = 0, []
         try:
@@ -3316,23 +3349,9 @@ class _Partial:
                 if not mine or not stat.S_ISREG(found.st_mode):
                     return 0
             for index, crc in _parse_log(files[1].read(), self.count).items():
-                if self.state[index]:
-                    continue
-                with self.lock:
-                    if self.state[index]:
-                        continue
-                    self.state[index] = 1
                 # Taken first, read then: a worker may want the same chunk at this moment.
-                start, stop = self.chunk(index)
-                files[0].seek(start)
-                data = files[0].read(stop - start)
-                good = len(data) == stop - start and crc32(data) == crc
-                if good:
-                    self.write(memoryview(data), start)
-                    self.finish(index, crc)
-                    copied += len(data)
-                else:
-                    self.state[index] = 0
+                if self._take_one(index):
+                    copied += self._copy(files[0], index, crc)
         except OSError as error:
             if isinstance(error, S3CacheError):
                 raise
@@ -4249,7 +4268,7 @@ class _Options:
     @property
     def asked(self) -> int:
         """How many bytes the first range asks for, in whole chunks."""
-        return max(_CHUNK, min(self.threshold, _SMALL) // _CHUNK * _CHUNK)
+        return max(_WHOLE, min(self.threshold, _SMALL) // _CHUNK * _CHUNK)
 
 
 _FLIGHTS: dict[tuple[str, str], tuple[Any, list[int]]] = {}
@@ -4462,13 +4481,17 @@ class _Download:
         self.switch = _Stop(opt.switch)
         if first:
             self.switch.hold(answer.body)
-        self.received = 0
+        self.received, self.least = 0, _SPAN_FAR
         self.limit = 1 if self.single or self.total <= opt.threshold else opt.max_concurrency
 
     def span(self) -> int:
         """Return how much the next range should ask for: less towards the end, which all reach."""
-        free = self.file.state.count(0) * _CHUNK
-        return min(_SPAN, max(_CHUNK, free // (2 * self.limit)))
+        return min(_SPAN, max(self.least, self.file.free * _CHUNK // (2 * self.limit)))
+
+    def learn(self, size: int, asked: float, answered: float) -> None:
+        """Let a range take twice as long as a round trip: ``size`` bytes took until now to come."""
+        took = max(time.monotonic() - answered, 1e-6)
+        self.least = min(_SPAN_FAR, max(_CHUNK, int(2 * (answered - asked) * size / took)))
 
     def count(self, size: int) -> None:
         self.received += size
@@ -4498,37 +4521,42 @@ class _Download:
         self, answer: _Answer | None, start: int, stop: int, buffer: memoryview, patience: _Patience
     ) -> None:
         sink = _Chunks(self.file, start, self.total, self.count, buffer)
+        asked = answered = time.monotonic()
         if answer is None:
             answer = _resume(self.source, sink, stop, self.etag, self.total, patience)
             if answer.status == 200:
                 answer.body.close()
                 raise _RangeIgnored
+            answered = time.monotonic()
         _pull(self.source, answer, sink, stop, self.total, patience)
+        if answered > asked:
+            self.learn(stop - start, asked, answered)
         _QUOTA.give()
         _CPU.note()
 
     def run(self, found: Callable[[], _Entry | None]) -> _Entry | None:
         """Bring all chunks; return the entry instead if a peer publishes it first."""
         began = scanned = time.monotonic()
-        seen, entry = 0, None
+        seen, pause, entry = 0, 1.0, None
 
         def grow(active: int) -> int:
-            nonlocal began, scanned, seen, entry
+            nonlocal began, scanned, seen, pause, entry
             now = time.monotonic()
-            if now - scanned > 1.0 and self.file.shared:
-                scanned = now
+            if now - scanned > pause and self.file.shared:
                 self.file.adopt()
+                scanned = time.monotonic()
+                pause = max(1.0, 20 * (scanned - now))  # the logs of a TiB have millions of lines
                 entry = found()
                 if entry:
                     self.switch.stop()
                     return 0
             rate, began, seen = (self.received - seen) / (now - began), now, self.received
-            free = self.file.state.count(0) * _CHUNK // self.span() + 1
+            free = self.file.free * _CHUNK // self.span() + 1
             # More connections help where each is slow; on a fast server they only cost.
             slow = rate < active * _WORKER_RATE
             return min(self.limit - active, free) if slow else 0
 
-        runs = -(-self.file.state.count(0) * _CHUNK // self.span()) + (self.first is not None)
+        runs = -(-self.file.free * _CHUNK // self.span()) + (self.first is not None)
         crew = _Crew(self.work, self.switch)
         try:
             crew.run(max(1, min(_WORKERS_START, self.limit, runs)), grow)
@@ -4537,6 +4565,8 @@ class _Download:
                 raise
         finally:
             self.close()
+        if not entry and not self.file.whole:
+            raise IntegrityError("A part of the object is missing", uri=self.source.uri)
         return entry
 
     def close(self) -> None:
@@ -4572,13 +4602,13 @@ def _await_peer(store: _Store, ident: str, lock: _Lock, found: Callable[[], T | 
         time.sleep(0.05)
 
 
-_ASKED: dict[tuple[str, str], _Look] = {}  # (root, object) that a request was sent ahead for
+_ASKED: set[tuple[str, str]] = set()  # (root, object) that a request was sent ahead for
 
 
 class _Look:
     """What the cache holds of an object, and maybe a request for it that is on its way."""
 
-    __slots__ = ("begun", "entries", "held", "ident", "key", "newest", "place_id")
+    __slots__ = ("asked", "begun", "entries", "held", "ident", "key", "newest", "place_id")
 
     def __init__(self, source: _Source, opt: _Options) -> None:
         self.ident, self.place_id = _ident(source.place_id), (source.signed, source.place_id)
@@ -4589,8 +4619,9 @@ class _Look:
         self.entries = self.held = opt.store.find(self.ident, every)
         if self.entries and not source.signed:
             self.held = [entry for entry in self.entries if not entry.private]
-        self.begun: _Exchange | None = None  # asked ahead
-        self.newest: _Entry | None = None  # on the condition that we do not hold this
+        self.asked = False  # ahead
+        self.begun: _Exchange | None = None  # its answer is still to be read
+        self.newest: _Entry | None = None  # it was asked on the condition that we do not hold this
 
     def first_ask(self, newest: _Entry | None, opt: _Options) -> _Ask:
         """Return what to ask for first: a range, unless the object is still what we hold."""
@@ -4607,8 +4638,8 @@ class _Look:
         exchange = source.exchange(self.first_ask(newest, opt))
         if exchange is None or not exchange.send_ahead(connect):
             return False
-        _ASKED[self.key] = self
-        self.begun, self.newest = exchange, newest
+        _ASKED.add(self.key)
+        self.asked, self.begun, self.newest = True, exchange, newest
         return True
 
     def take(self, newest: _Entry | None) -> _Exchange | None:
@@ -4623,8 +4654,9 @@ class _Look:
         begun, self.begun = self.begun, None
         if begun:
             begun.close()
-        if _ASKED.get(self.key) is self:
-            del _ASKED[self.key]
+        if self.asked:
+            self.asked = False
+            _ASKED.discard(self.key)
 
 
 def _held(source: _Source, entry: _Entry, status: str) -> LocalizedResource:

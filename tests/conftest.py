@@ -250,6 +250,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3c, "_CHUNK", 16 << 10)
     monkeypatch.setattr(s3c, "_WHOLE", 16 << 10)
     monkeypatch.setattr(s3c, "_SPAN", 64 << 10)
+    monkeypatch.setattr(s3c, "_SPAN_FAR", 16 << 10)
     monkeypatch.setattr(s3c, "_SMALL", 256 << 10)
 
 

@@ -71,6 +71,23 @@ def test_a_miss_is_one_ranged_get_on_one_connection(
     assert server.connections == 1
 
 
+def test_up_to_a_mib_is_one_request_whatever_the_threshold(
+    server: Server, publish: Publish, get: Getter
+) -> None:
+    get(publish(bytes(900_000)), multipart_threshold_bytes=256 << 10)
+    assert len(server.seen) == 1
+
+
+def test_a_server_that_is_far_is_not_asked_for_little(
+    server: Server, publish: Publish, get: Getter
+) -> None:
+    """A variant whose last ranges are of one chunk each asks 80 times, and takes twice as long."""
+    uri = publish(bytes(32 << 20))
+    server.latency = 0.05
+    get(uri)
+    assert len(server.seen) <= 30
+
+
 def test_a_hit_is_one_conditional_get_on_the_kept_connection(
     server: Server, publish: Publish, get: Getter
 ) -> None:

@@ -285,7 +285,7 @@ def _in_threads(function: Callable[[str], object], keys: list[str]) -> None:
 
 
 def _ours(job: Job) -> Any:
-    """Import the module, and what it imports at first use: nobody's imports are timed here."""
+    """Import the module, and what it imports at first use: no Python import is timed here."""
     from importlib import import_module
 
     lazily = ["encodings.idna", "hashlib", "socket", "zlib"]
