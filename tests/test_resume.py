@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
@@ -251,6 +253,24 @@ def test_an_orphan_that_cannot_be_read_leaves_no_hole(
     uri = publish(DATA)
     unreadable(leave(uri))
     assert get(uri).path.read_bytes() == DATA
+
+
+def test_a_chunk_given_back_when_all_workers_have_left_is_fetched(
+    leave: Any, server: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An orphan of wrong sums, read so slowly that it holds the last chunk to the end."""
+    uri = publish(DATA)
+    edit(with_log(leave(uri)), lambda log: b"".join(b"%x 12345678\n" % i for i in range(COUNT)))
+    server.rate, crc32, began = SIZE // 4, zlib.crc32, time.monotonic()
+
+    def slow_crc32(data: Any, crc: int = 0) -> int:
+        late = time.monotonic() > began + 1
+        time.sleep(1 if late and threading.current_thread() is threading.main_thread() else 0)
+        return crc32(data, crc)
+
+    monkeypatch.setattr(zlib, "crc32", slow_crc32)
+    assert get(uri, max_concurrency=2).path.read_bytes() == DATA
+    assert server.bytes_sent < SIZE + 2 * MiB  # each byte once
 
 
 TORN: dict[str, Callable[[bytes], bytes]] = {
