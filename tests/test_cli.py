@@ -549,8 +549,8 @@ def test_a_broken_pipe_is_silent(server: Server, verb: str) -> None:
     for number in range(1500):
         server.put(BUCKET, f"a-rather-long-prefix-of-keys/{number:060}", b"")
     uri = f"s3://{BUCKET}/a-rather-long-prefix-of-keys/"
-    uris = [uri] if verb == "ls" else [SUBJECT_FILE] * 2000
-    command = [sys.executable, str(SUBJECT_FILE), verb, *map(str, uris)]
+    uris = [uri] if verb == "ls" else [str(SUBJECT_FILE)] * 2000
+    command = [sys.executable, str(SUBJECT_FILE), verb, *uris]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stderr is not None

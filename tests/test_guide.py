@@ -82,7 +82,9 @@ def world(aws: Server, ca_file: Path, tmp_path: Path) -> Iterator[dict[str, str]
     (local / "data.json").write_text('{"local": true}', encoding="utf-8")
     with Server() as proxy:
         proxy.proxy, proxy.tunnel_port = True, aws.port
-        yield {"HTTPS_PROXY": proxy.url, "AWS_CA_BUNDLE": str(ca_file)}
+        # boto3 says at each start that it will leave Python 3.9 behind.
+        hush = {"PYTHONWARNINGS": "ignore:Boto3 will no longer support Python"}
+        yield {"HTTPS_PROXY": proxy.url, "AWS_CA_BUNDLE": str(ca_file), **hush}
 
 
 @pytest.fixture
