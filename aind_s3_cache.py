@@ -4562,7 +4562,7 @@ class _Download:
         crew = _Crew(self.work, self.switch)
         try:
             crew.run(max(1, min(_WORKERS_START, self.limit, runs)), grow)
-            if not entry:
+            if self.file.free and not entry:
                 self.work()  # what could not be adopted after all, when the last worker had left
         except TransferError:
             if not entry:
