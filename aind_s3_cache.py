@@ -39,6 +39,7 @@ Environment, read at call time: ``AIND_S3_CACHE_DIR``, ``AIND_S3_CACHE_OFFLINE``
 
 from __future__ import annotations
 
+import atexit
 import errno
 import itertools
 import os
@@ -1179,6 +1180,22 @@ class _Turn:
 
 _TURN = _Turn()
 
+_IMPORTS = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _import_early() -> None:
+    """Import what nearly every request needs, one thread at a time.
+
+    Threads that first use a module at once wait for each other within CPython's import; a Ctrl-C
+    there can leave the interpreter's import lock taken for ever, and with it every thread.
+    """
+    with _IMPORTS:
+        import hashlib  # noqa: F401
+        import socket  # noqa: F401
+        import urllib.parse  # noqa: F401
+        import zlib  # noqa: F401
+
 
 def _shut_down(sock: Socket) -> None:
     import socket
@@ -1316,8 +1333,6 @@ class _Pool:
 
     def add(self, connection: _Connection) -> None:
         if not self._closes_at_exit:
-            import atexit
-
             # Else `python -X dev` complains at exit about every socket that we kept.
             atexit.register(self.clear)
             self._closes_at_exit = True
@@ -1433,7 +1448,8 @@ def _tls_context(settings: tuple[str, str, str]) -> ssl.SSLContext:
 def _proxy(origin: Origin) -> _Place | None:
     """Return the proxy for this origin, by the rules of ``urllib.request``."""
     scheme, host, port = origin
-    from urllib.request import getproxies, proxy_bypass
+    with _IMPORTS:
+        from urllib.request import getproxies, proxy_bypass
 
     # Asked each time: proxies change within a session, as notebooks move between networks.
     proxies = getproxies()
@@ -1451,13 +1467,14 @@ def _proxy(origin: Origin) -> _Place | None:
 
 def _dial(origin: Origin, deadline: float) -> Socket:
     """Connect to the first address of a host that answers."""
-    import encodings.idna  # noqa: F401  getaddrinfo imports it: too late when files run out
     import socket
 
     # All addresses are tried in the resolver's order. Racing IPv4 against IPv6 was left out:
     # two sockets for each connection, to save 10 s where one of the two is broken.
     last: OSError = OSError(errno.EHOSTUNREACH, "no address")
-    for family, kind, proto, _, address in socket.getaddrinfo(*origin[1:], 0, socket.SOCK_STREAM):
+    # As bytes: for a str CPython imports its IDNA codec, among threads and where files run out.
+    host, port = origin[1].encode("ascii"), origin[2]
+    for family, kind, proto, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
         left = min(_CONNECT_TIMEOUT, deadline - time.monotonic())
         if left <= 0:
             raise TimeoutError
@@ -1526,19 +1543,23 @@ def _wire_error(error: Exception, place: _Place) -> S3CacheError:
 def _connect(place: _Place, proxy: _Place | None, key: tuple[Any, ...], env: _Env) -> _Connection:
     """Open a connection, through a proxy and TLS where needed."""
     _TURN.leave()
+    context: ssl.SSLContext | None = None
+    if place.origin[0] == "https":
+        with _IMPORTS:  # and one thread loads the certificates for all
+            context = _tls_context(env.ca)
     deadline = time.monotonic() + _CONNECT_TOTAL
     try:
         sock = _dial((proxy or place).origin, deadline)
     except OSError as error:  # it is the proxy that does not answer: say so
         raise _wire_error(error, proxy or place) from None
     try:
-        if place.origin[0] == "https":
+        if context:
             if proxy:
                 _tunnel(sock, place, proxy, deadline)
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             # Without close_notify a cut connection looks like an end: ragged ends are errors.
-            sock = _tls_context(env.ca).wrap_socket(
-                sock, server_hostname=place.origin[1], suppress_ragged_eofs=False
+            sock = context.wrap_socket(
+                sock, server_hostname=place.origin[1].encode(), suppress_ragged_eofs=False
             )
         sock.settimeout(_STALL_TIMEOUT)
     except BaseException:
@@ -3872,7 +3893,8 @@ def _inflate(data: bytes, source: _Source, coding: str) -> bytes:
 
 def _parse_json(data: bytes, source: _Source) -> dict[str, Any]:
     """Parse UTF-8, UTF-16 or UTF-32, with or without a byte-order mark, into a mapping."""
-    import json
+    with _IMPORTS:
+        import json
 
     try:
         document = json.loads(data)
@@ -4320,10 +4342,10 @@ class _Flight:
 
 def _after_fork() -> None:
     """Forget, in the child, all sockets, and the locks that threads of the parent held."""
-    global _FLIGHTS_LOCK, _CLIENT_LOCK, _TURN
+    global _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS, _TURN
     _POOL.after_fork()
     _TURN = _Turn()
-    _FLIGHTS_LOCK, _CLIENT_LOCK = threading.Lock(), threading.Lock()
+    _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.Lock(), threading.Lock(), threading.Lock()
     _FLIGHTS.clear()
     _ASKED.clear()
     _CLIENTS.clear()
@@ -5348,6 +5370,7 @@ def _object(target: _Target, opt: _Options, look: _Look | None) -> LocalizedReso
         look = _quietly(partial(_look_at, connect=False), target.text, opt)
 
     entered = False
+    _import_early()
     try:
         entered = _TURN.enter(None if look else ahead)
         return opt.access.attempt(target, opt.version, lambda source: _cached(source, opt, look))

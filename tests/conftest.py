@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -38,6 +39,8 @@ Spawn = Callable[..., "subprocess.Popen[str]"]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "leftovers: may leave temporary files (it kills a process)")
+    # A shell starts a background job with Ctrl-C ignored, and each of its children inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ==== Around every test =======================================================================

@@ -104,16 +104,20 @@ end = threading.Event()
 def go_on(uri):
     while not end.is_set(): get(uri)
 def kick():
-    time.sleep(0.005 + 0.02 * random.random())
+    time.sleep(0.02 * random.random())
     os.kill(os.getpid(), signal.SIGINT)
 def once():
     others = [threading.Thread(target=go_on, args=(uri,)) for uri in uris[1:]]
-    for thread in [*others, threading.Thread(target=kick)]: thread.start()
     try:
+        for thread in [*others, threading.Thread(target=kick)]: thread.start()
         while True: get(uris[0])
     except KeyboardInterrupt: end.set()
     for thread in others: thread.join()
     end.clear()
+"""
+
+INTERRUPTED_OFTEN = f"""
+{INTERRUPTED}
 for _ in range(40): once()
 get(uris[0])  # takes over a turn that an interrupt between two bytecodes left
 print(s3c._TURN._taken, len(s3c._POOL._all - set(s3c._POOL._idle)) < 4)
@@ -125,7 +129,27 @@ def test_interrupts_amid_other_threads_leave_them_their_turns_and_hardly_a_socke
     publish: Publish, run_python: Run, cache: Path
 ) -> None:
     uris = [publish(b"x", key=f"k{n}") for n in range(5)]
-    assert run_python(INTERRUPTED, cache, *uris).stdout == "False True\n"
+    assert run_python(INTERRUPTED_OFTEN, cache, *uris).stdout == "False True\n"
+
+
+INTERRUPTED_FIRST = f"""
+{INTERRUPTED}
+for _ in range(60):
+    pid = os.fork()  # a process that has not imported socket yet
+    if not pid:
+        signal.alarm(5)
+        once()
+        os._exit(0)
+    print(os.waitpid(pid, 0)[1])
+"""
+
+
+@posix
+def test_an_interrupt_amid_the_first_requests_of_many_threads_leaves_no_import_undone(
+    publish: Publish, run_python: Run, cache: Path
+) -> None:
+    uris = [publish(b"x", key=f"k{n}") for n in range(5)]
+    assert set(run_python(INTERRUPTED_FIRST, cache, *uris).stdout.split()) == {"0"}
 
 
 FORK_LOCK = """

@@ -111,8 +111,8 @@ def resolving(monkeypatch: pytest.MonkeyPatch, *hosts: str) -> list[Any]:
     """Resolve every name to these addresses; the list holds the names that were looked up."""
     look_up, asked = socket.getaddrinfo, []
 
-    def answer(host: Any, *args: Any) -> Any:
-        asked.append(host)
+    def answer(host: str | bytes, *args: Any) -> Any:
+        asked.append(os.fsdecode(host))
         return [found for address in hosts for found in look_up(address, *args)]
 
     monkeypatch.setattr(socket, "getaddrinfo", answer)
