@@ -1132,15 +1132,25 @@ class _Turn:
         try:
             self._local.inside, self._local.held = True, False
             self._local.held = self._take(ahead)
-            if self._local.held:
-                self._work_ahead()
         except BaseException:
             self.exit(True)
             raise
         return True
 
-    def _work_ahead(self) -> None:
-        """Do for those that are next what they let us do."""
+    def exit(self, entered: bool) -> None:
+        if entered:
+            self.leave()
+            self._local.inside = False
+
+    @property
+    def awaited(self) -> bool:
+        """Tell whether others wait for the turn that this thread has."""
+        return bool(self._round or self._next) and getattr(self._local, "held", False)
+
+    def work_ahead(self) -> None:
+        """Do for those that are next what they let us do, before we wait ourselves."""
+        if not self.awaited:
+            return
         with self._mutex:
             self._begin_round()
             ready = self._round and self._round[-1].ahead
@@ -1155,16 +1165,6 @@ class _Turn:
         finally:
             for waiter in waiters:
                 waiter.busy = False
-
-    def exit(self, entered: bool) -> None:
-        if entered:
-            self.leave()
-            self._local.inside = False
-
-    @property
-    def awaited(self) -> bool:
-        """Tell whether others wait for the turn that this thread has."""
-        return bool(self._round or self._next) and getattr(self._local, "held", False)
 
     def leave(self) -> None:
         """Let another thread work: this one is about to wait."""
@@ -1685,6 +1685,7 @@ def _read_answer(
     connection: _Connection, place: _Place, method: str
 ) -> tuple[int, dict[str, str], _Body]:
     """Read the head of the answer to the request that was sent last."""
+    _TURN.work_ahead()
     if not (_TURN.awaited and connection.readable()):
         _TURN.leave()
     deadline = time.monotonic() + _HEAD_TIMEOUT

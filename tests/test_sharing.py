@@ -93,6 +93,23 @@ def test_threads_that_miss_together_on_kept_connections_download_it_once(
     assert server.bytes_sent - sent == MiB // 2
 
 
+def test_threads_that_queue_for_their_turn_download_it_once(
+    server: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = iter([publish(b"x", key=str(n)) for n in range(4)])
+    at_once(4, lambda: get(next(others)))  # leaves connections
+    uri, sent = publish(blob(MiB // 2)), server.bytes_sent
+    monkeypatch.setattr(s3c, "_TURN_WAIT", 5.0)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        entered = s3c._TURN.enter()
+        calls = [pool.submit(get, uri) for _ in range(4)]
+        while len(s3c._TURN._next) < 4:
+            time.sleep(0.001)
+        s3c._TURN.exit(entered)
+        assert {call.result().size for call in calls} == {MiB // 2}
+    assert server.bytes_sent - sent == MiB // 2
+
+
 def test_threads_that_find_a_large_object_changed_download_it_once(
     server: Server, publish: Publish, get: Get
 ) -> None:
