@@ -4566,6 +4566,8 @@ class _Download:
 
         def grow(active: int) -> int:
             nonlocal began, scanned, seen, pause, entry
+            if entry:
+                return 0
             now = time.monotonic()
             if now - scanned > pause and self.file.shared:
                 self.file.adopt()
@@ -4865,7 +4867,9 @@ class _Fetch:
                 hashes.append((_Behind(file, name), promised, name))
             count = self.tally or (lambda _: None)
             entry = _Download(source, answer, file, self.opt, first, count).run(found)
-            if entry and self.store.confirm(entry.path):
+            if entry:
+                if not self.store.confirm(entry.path):
+                    raise _Changed  # gone again, and our own file is unfinished
                 file.discard()
                 return entry.path, True
             for behind, promised, name in hashes:

@@ -552,3 +552,32 @@ def test_a_download_outlives_the_removal_of_its_files(
 
     server.before = clear
     assert get(uri).path.read_bytes() == DATA
+
+
+def slow_terminal(began: float) -> Callable[[int], None]:
+    """A progress function that stands still from 0.5 s to 1.9 s."""
+
+    def progress(_: int) -> None:
+        if time.monotonic() - began > 0.5:
+            time.sleep(max(0.0, began + 1.9 - time.monotonic()))
+
+    return progress
+
+
+@pytest.mark.parametrize("tag", [None, '"0123456789abcdef0123456789abcdef-2"'], ids=["md5", "-2"])
+def test_a_peers_entry_that_goes_again_is_not_taken_for_what_we_brought(
+    tag: Any, server: Server, publish: Publish, spawn: Spawn, get: Get, cache: Path, tmp_path: Path
+) -> None:
+    uri = publish(DATA[: 12 * MiB], **({"etag": tag} if tag else {}))
+    twin = s3c.get_local_path_for_resource(uri, cache_dir=tmp_path / "twin").path
+    entry, server.rate = cache / twin.relative_to(tmp_path / "twin"), 4 * MiB
+    child = spawn(CHILD, uri, cache)
+    while not logged(cache):
+        time.sleep(0.002)
+    child.kill()
+    entry.parent.mkdir(parents=True)
+    threading.Timer(0.4, shutil.copy, (twin, entry)).start()
+    threading.Timer(1.6, lambda: entry.unlink(missing_ok=True)).start()
+    found = get(uri, progress=slow_terminal(time.monotonic()), max_concurrency=2)
+    server.rate = None
+    assert found.path.read_bytes() == DATA[: 12 * MiB]
