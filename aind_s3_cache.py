@@ -86,6 +86,22 @@ __all__ = [  # noqa: RUF022  in the order of the documentation
 
 # Heavy modules (socket, ssl, json, hashlib, pathlib, urllib.*) are imported in the functions that
 # need them: a fresh process that reads one small file pays for little else than the interpreter.
+# Those that several threads are likely to need first at the same time are imported by one thread at
+# a time: where threads wait for each other within CPython's import, a Ctrl-C can leave its lock
+# taken for ever.
+_IMPORTS = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _import_early() -> None:
+    """Import what nearly every request needs."""
+    with _IMPORTS:
+        import hashlib  # noqa: F401
+        import socket  # noqa: F401
+        import urllib.parse  # noqa: F401
+        import zlib  # noqa: F401
+
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ssl
@@ -867,7 +883,8 @@ def _parse_xml(data: bytes, wanted: frozenset[str]) -> list[tuple[str, str]]:
     Raises ValueError for anything but well-formed XML without a DTD: entities are how XML bombs
     and file inclusion work, and S3 sends none.
     """
-    from xml.parsers import expat
+    with _IMPORTS:
+        from xml.parsers import expat
 
     found: list[tuple[str, str]] = []
     text: list[str] = []
@@ -1179,22 +1196,6 @@ class _Turn:
 
 
 _TURN = _Turn()
-
-_IMPORTS = threading.Lock()
-
-
-@lru_cache(maxsize=1)
-def _import_early() -> None:
-    """Import what nearly every request needs, one thread at a time.
-
-    Threads that first use a module at once wait for each other within CPython's import; a Ctrl-C
-    there can leave the interpreter's import lock taken for ever, and with it every thread.
-    """
-    with _IMPORTS:
-        import hashlib  # noqa: F401
-        import socket  # noqa: F401
-        import urllib.parse  # noqa: F401
-        import zlib  # noqa: F401
 
 
 def _shut_down(sock: Socket) -> None:
@@ -2621,8 +2622,8 @@ def _digests(source: _Source, answer: _Answer) -> list[tuple[str, bytes]]:
     for name in ("sha512", "sha256", "sha1", "crc32"):
         value = headers.get(f"x-amz-checksum-{name}", "")
         if value and "-" not in value:
-            from base64 import b64decode
-
+            with _IMPORTS:
+                from base64 import b64decode
             try:
                 found.append((name, b64decode(value, validate=True)))
             except ValueError:
@@ -3148,7 +3149,8 @@ class _Lock:
 
     def _try(self, verdict: list[bool], done: threading.Event) -> None:
         try:
-            import fcntl
+            with _IMPORTS:
+                import fcntl
 
             self._store.make(self._store.locks)
             # A planted link or FIFO must neither be followed nor block us.
@@ -3586,7 +3588,8 @@ def _list(path: str) -> list[str]:
 
 
 def _remove_tree(path: str) -> None:
-    import shutil
+    with _IMPORTS:
+        import shutil
 
     shutil.rmtree(path, ignore_errors=True)
 
@@ -3952,8 +3955,10 @@ def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
 
 
 def _load_json(target: _Target, access: _Access) -> dict[str, Any]:
-    if _is_offline() and target.kind != "local":
-        return _cached_json(target, access)
+    if target.kind != "local":
+        _import_early()
+        if _is_offline():
+            return _cached_json(target, access)
     return access.attempt(target, None, _read_json)
 
 
@@ -4155,7 +4160,8 @@ class LocalizedResource(_Record):
     @property
     def path(self) -> Path:
         """Where it is, as an absolute `pathlib.Path`."""
-        from pathlib import Path
+        with _IMPORTS:
+            from pathlib import Path
 
         return Path(self._path)
 
@@ -5198,12 +5204,7 @@ class _Tree:
 
     def assemble(self, path: str, names: list[str], keys: list[_Key]) -> bool:
         """Make the directory that a listing describes; False if that changes meanwhile."""
-        with _Disk(self.store.trees):
-            self.store.make(self.store.trees)
-            if _folds_case(self.store):
-                _tree_names(keys, self.prefix, True)
-            aside = _aside(self.store.trees)
-            os.mkdir(aside, 0o700 if self.source.signed else 0o777)
+        aside = _aside(self.store.trees)
         try:
             self.fill(aside, names, keys)
             if self.changed:
@@ -5280,6 +5281,11 @@ class _Tree:
         """Make the directory visible; a damaged one of the same name makes room."""
         with _Disk(path):
             os.utime(aside)
+            with _Disk(self.store.trees):
+                self.store.make(self.store.trees)
+                if _folds_case(self.store):
+                    _tree_names(keys, self.prefix, True)
+                os.mkdir(aside, 0o700 if self.source.signed else 0o777)
             try:
                 return os.rename(aside, path)
             except OSError:
@@ -5375,7 +5381,6 @@ def _object(target: _Target, opt: _Options, look: _Look | None) -> LocalizedReso
         look = _quietly(partial(_look_at, connect=False), target.text, opt)
 
     entered = False
-    _import_early()
     try:
         entered = _TURN.enter(None if look else ahead)
         return opt.access.attempt(target, opt.version, lambda source: _cached(source, opt, look))
@@ -5470,6 +5475,7 @@ def get_local_path_for_resource(
         Not a URI, key, or option that can be. Nothing was sent or written.
     NotFoundError, AccessDeniedError
         Missing; refused (to an anonymous caller S3 says so of missing keys, too). Both are
+    _import_early()
         `FileNotFoundError`, as in 0.1.
     TransferError
         The network or the server failed through all retries (8, or 60 s without progress).

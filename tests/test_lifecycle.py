@@ -134,6 +134,15 @@ def test_interrupts_amid_other_threads_leave_them_their_turns_and_hardly_a_socke
 
 INTERRUPTED_FIRST = f"""
 {INTERRUPTED}
+way = sys.argv.pop(1)
+cache, *uris = sys.argv[1:]
+if way == "json":
+    get = s3c.get_json
+elif way == "tree":
+    uris = [os.path.dirname(uri) + "/" for uri in uris]
+else:
+    path = get
+    get = lambda uri: path(uri).path
 for _ in range(60):
     pid = os.fork()  # a process that has not imported socket yet
     if not pid:
@@ -145,11 +154,13 @@ for _ in range(60):
 
 
 @posix
+@pytest.mark.parametrize("way", ["path", "json", "tree"])
 def test_an_interrupt_amid_the_first_requests_of_many_threads_leaves_no_import_undone(
-    publish: Publish, run_python: Run, cache: Path
+    way: str, publish: Publish, run_python: Run, cache: Path
 ) -> None:
-    uris = [publish(b"x", key=f"k{n}") for n in range(5)]
-    assert set(run_python(INTERRUPTED_FIRST, cache, *uris).stdout.split()) == {"0"}
+    uris = [publish(b"{}", key=f"k{n}/data.json") for n in range(5)]
+    done = run_python(INTERRUPTED_FIRST, way, cache, *uris, timeout=60)
+    assert set(done.stdout.split()) == {"0"}
 
 
 FORK_LOCK = """
