@@ -2989,6 +2989,20 @@ class _Store:
         return self._found
 
     def make(self, directory: str) -> None:
+    def _tag(self) -> None:
+        """Tell backups that this is a cache, if that can be said."""
+        path = os.path.join(self.root, "CACHEDIR.TAG")
+        try:
+            fd = os.open(path, os.O_WRONLY | _NEW, 0o644)
+        except OSError:
+            return
+        try:
+            _write_all(fd, memoryview(_TAG.encode()))
+        except OSError:  # full, as the next write will say; empty it would tell nothing, for ever
+            _unlink(path)
+        finally:
+            os.close(fd)
+
         """Make a directory of ours and what it needs above it."""
         self._found = False  # a peer may have cleared the cache
         if not self.exists():
@@ -2999,13 +3013,7 @@ class _Store:
                 if not self.exists():
                     raise
             self.exists()
-            try:
-                fd = os.open(os.path.join(self.root, "CACHEDIR.TAG"), os.O_WRONLY | _NEW, 0o644)
-            except FileExistsError:
-                pass
-            else:
-                _write_all(fd, memoryview(_TAG.encode()))
-                os.close(fd)
+        self._tag()
         for _ in range(9):
             try:
                 return os.makedirs(directory, exist_ok=True)
@@ -5667,13 +5675,14 @@ class CacheManager:
         if base is not None:
             with _Disk(base):
                 os.makedirs(base, exist_ok=True)
-        self._temporary: Any = None
+        self._remove: Callable[[], object] | None = None
         if not persistent:
             import tempfile
 
             with _Disk(base or "the temp directory"):
-                self._temporary = tempfile.TemporaryDirectory(prefix="aind-s3-cache-", dir=base)
-            base = self._temporary.name
+                base = tempfile.mkdtemp(prefix="aind-s3-cache-", dir=base)
+            # Not TemporaryDirectory: a forked child that ends would remove its parent's.
+            self._remove = weakref.finalize(self, _remove_own, base, os.getpid())
         self.dir: Path = Path(str(base))
         self._keeper = _Keeper(_Store(str(base)))
 
@@ -5685,9 +5694,8 @@ class CacheManager:
 
     def close(self) -> None:
         """Remove the directory if it is a temporary one."""
-        temporary, self._temporary = self._temporary, None
-        if temporary:
-            temporary.cleanup()
+        if self._remove:
+            self._remove()
 
     def entries(self) -> list[CacheEntry]:
         """Return all that the cache holds: objects, trees, partial files.
@@ -5710,6 +5718,12 @@ class CacheManager:
         inodes: dict[tuple[int, int], int] = {}
         for unit in self._keeper.units():
             inodes.update(unit.inodes)
+def _remove_own(path: str, pid: int) -> None:
+    """Remove a temporary cache, unless it is the parent's."""
+    if os.getpid() == pid:
+        _remove_tree(path)
+
+
         return sum(inodes.values())
 
     def prune(
@@ -5739,6 +5753,7 @@ class CacheManager:
             What went.
 
         Raises
+            import weakref
         ------
         ValueError
             A negative limit.

@@ -871,6 +871,21 @@ def test_a_temporary_cache_goes_with_the_interpreter(run_python: Run) -> None:
     assert not Path(run_python(code).stdout.strip()).exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_child_leaves_its_parents_temporary_cache(run_python: Run) -> None:
+    code = """
+import os, sys, warnings, SUBJECT as s3c
+warnings.simplefilter("ignore", DeprecationWarning)
+manager = s3c.CacheManager(persistent=False)
+pid = os.fork()
+if not pid:
+    sys.exit(0)
+os.waitpid(pid, 0)
+print(manager.dir.exists())
+"""
+    assert run_python(code).stdout == "True\n"
+
+
 def test_a_temporary_cache_goes_when_the_block_fails(publish: Publish) -> None:
     manager = s3c.CacheManager(persistent=False)
     with pytest.raises(s3c.NotFoundError), manager:

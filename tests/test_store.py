@@ -392,6 +392,32 @@ def test_a_limit_on_the_size_of_files(size: int, report: Any, cache: Path) -> No
     assert len(files(cache)) == 2
 
 
+FULL_AT_FIRST = """
+import SUBJECT as s3c, os, resource, sys
+cache, *uris = sys.argv[1:]
+get = lambda uri, name="": s3c.get_local_path_for_resource(uri, cache_dir=cache + name)
+get(uris[0], "first")
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+before = os.dup(0)
+os.close(before)
+for _ in range(3):
+    try: get(uris[0])
+    except s3c.CacheError as error: print(error.errno)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+print(os.dup(0) == before, *{get(uri).status for uri in uris})
+"""
+
+
+@posix
+def test_a_disk_that_is_full_when_the_cache_is_made(
+    publish: Any, run_python: Any, cache: Path
+) -> None:
+    uris = [publish(b"x", key=str(n)) for n in range(4)]
+    said = run_python(FULL_AT_FIRST, cache, *uris).stdout.split()
+    assert said == [str(errno.EFBIG)] * 3 + ["True", "downloaded"]
+    assert (cache / "aind-s3-cache" / "CACHEDIR.TAG").read_text().startswith("Signature: ")
+
+
 DESCRIPTORS = """
 import SUBJECT as s3c, os, resource, sys, time
 cache, first, *uris = sys.argv[1:]
