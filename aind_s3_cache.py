@@ -1070,7 +1070,8 @@ class _Waiter:
     __slots__ = ("ahead", "busy", "gate", "given")
 
     def __init__(self, ahead: Callable[[], None] | None) -> None:
-        self.ahead, self.busy, self.given = ahead, False, False
+        self.ahead, self.given = ahead, False
+        self.busy: list[None] = []  # not empty while something is done for it
         self.gate = threading.Lock()
         self.gate.acquire()
 
@@ -1105,7 +1106,7 @@ class _Turn:
             waiter, given = _Waiter(ahead), self._given
             self._next.append(waiter)
         try:
-            while not waiter.gate.acquire(timeout=_TURN_WAIT):
+            while not waiter.gate.acquire(timeout=_TURN_WAIT) and not waiter.given:
                 if self._leave_queue(waiter):
                     return self._given == given  # stuck, or gone with its thread: take it over
         except BaseException:  # Ctrl-C: nobody may hand the turn to a thread that is gone
@@ -1125,7 +1126,7 @@ class _Turn:
                 if waiter in waiting and not waiter.busy:
                     waiting.remove(waiter)
                     return True
-            return False
+            return not waiter.busy and not waiter.given
 
     def _give(self) -> None:
         """Pass the turn on."""
@@ -1134,9 +1135,9 @@ class _Turn:
             self._begin_round()
             for waiter in reversed(self._round):
                 if not waiter.busy:
-                    self._round.remove(waiter)
                     self._taken = waiter.given = True
                     waiter.gate.release()
+                    self._round.remove(waiter)
                     break
 
     def enter(self, ahead: Callable[[], None] | None = None) -> bool:
@@ -1168,20 +1169,20 @@ class _Turn:
         """Do for those that are next what they let us do, before we wait ourselves."""
         if not self.awaited:
             return
-        with self._mutex:
-            self._begin_round()
-            ready = self._round and self._round[-1].ahead
-            waiters = self._round[: -_AHEAD - 1 : -1] if ready else []
-            for waiter in waiters:
-                waiter.busy = True
+        busy: list[None] = [None]
         try:
+            with self._mutex:
+                self._begin_round()
+                ready = self._round and self._round[-1].ahead
+                waiters = self._round[: -_AHEAD - 1 : -1] if ready else []
+                for waiter in waiters:
+                    waiter.busy = busy
             for waiter in waiters:
                 ahead, waiter.ahead = waiter.ahead, None
                 if ahead:
                     ahead()
         finally:
-            for waiter in waiters:
-                waiter.busy = False
+            busy.clear()  # of all at once: no Ctrl-C comes between
 
     def leave(self) -> None:
         """Let another thread work: this one is about to wait."""
@@ -2988,7 +2989,6 @@ class _Store:
         self._found = stat.S_ISDIR(found.st_mode)
         return self._found
 
-    def make(self, directory: str) -> None:
     def _tag(self) -> None:
         """Tell backups that this is a cache, if that can be said."""
         path = os.path.join(self.root, "CACHEDIR.TAG")
@@ -3003,6 +3003,7 @@ class _Store:
         finally:
             os.close(fd)
 
+    def make(self, directory: str) -> None:
         """Make a directory of ours and what it needs above it."""
         self._found = False  # a peer may have cleared the cache
         if not self.exists():
@@ -4310,40 +4311,75 @@ class _Options:
         return max(_WHOLE, min(self.threshold, _SMALL) // _CHUNK * _CHUNK)
 
 
-_FLIGHTS: dict[tuple[str, str], tuple[Any, list[int]]] = {}
+class _Seat:
+    """Who fetches an object, how deep it is in that, and who waits for it."""
+
+    __slots__ = ("changed", "depth", "owner", "waiting")
+
+    def __init__(self) -> None:
+        self.owner = self.depth = self.waiting = 0
+        self.changed: threading.Condition | None = None
+
+
+_FLIGHTS: dict[tuple[str, str], _Seat] = {}
 _FLIGHTS_LOCK = threading.Lock()
+_LANDED = [0] * 256  # by shard: another number after each flight
+
+
+def _landed(ident: str) -> int:
+    return _LANDED[int(ident[:2], 16)]
 
 
 class _Flight:
     """Lets one thread of this process at a time fetch an object; the thread may enter twice."""
 
-    def __init__(self, store: _Store, ident: str) -> None:
-        self._key, self.waited = (store.root, ident), False
+    def __init__(self, store: _Store, ident: str, switch: _Stop | None) -> None:
+        self._key, self._switch, self.waited = (store.root, ident), switch, False
 
     def acquire(self, blocking: bool = True) -> bool:
-        with _FLIGHTS_LOCK:
-            lock, users = _FLIGHTS.setdefault(self._key, (threading.RLock(), [0]))
-            users[0] += 1
-        got = False
+        me = threading.get_ident()
         if blocking:
             _TURN.leave()
+        with _FLIGHTS_LOCK:
+            self._seat = seat = _FLIGHTS.get(self._key) or _Seat()
+            if seat.owner not in (0, me):
+                if not blocking:
+                    return False
+                self._wait(seat, me)
+            _FLIGHTS[self._key], seat.owner, seat.depth = seat, me, seat.depth + 1
+        return True
+
+    def _wait(self, seat: _Seat, me: int) -> None:
+        seat.changed = seat.changed or threading.Condition(_FLIGHTS_LOCK)
+        seat.waiting += 1
         try:
-            got = bool(lock.acquire(blocking))
-        finally:
-            if not got:
-                self._leave()
-        return got
+            while seat.owner not in (0, me):
+                seat.changed.wait(0.5)  # not for ever: a batch may be stopped meanwhile
+                if self._switch:
+                    self._switch.check()
+        except BaseException:
+            seat.waiting -= 1
+            self._pass_on(seat)
+            raise
+        seat.waiting -= 1
+
+    def _pass_on(self, seat: _Seat) -> None:
+        if seat.owner:
+            return
+        if seat.waiting and seat.changed:
+            seat.changed.notify()
+        elif _FLIGHTS.get(self._key) is seat:
+            del _FLIGHTS[self._key]
 
     def release(self) -> None:
-        _FLIGHTS[self._key][0].release()
-        self._leave()
-
-    def _leave(self) -> None:
+        seat = self._seat
+        seat.depth -= 1
+        if seat.depth:
+            return
+        _LANDED[int(self._key[1][:2], 16)] = next(_SERIAL)
+        seat.owner = 0  # first, and without the lock: a Ctrl-C there must leave nobody waiting
         with _FLIGHTS_LOCK:
-            users = _FLIGHTS[self._key][1]
-            users[0] -= 1
-            if not users[0]:
-                del _FLIGHTS[self._key]
+            self._pass_on(seat)
 
     def __enter__(self) -> _Flight:
         self.waited = not self.acquire(blocking=False)
@@ -4627,7 +4663,9 @@ def _is_same(entry: _Entry, answer: _Answer) -> bool:
     return answer.total == entry.size or (answer.total is None and validator[0] != "m")
 
 
-def _await_peer(store: _Store, ident: str, lock: _Lock, found: Callable[[], T | None]) -> T | None:
+def _await_peer(
+    store: _Store, ident: str, lock: _Lock, found: Callable[[], T | None], switch: _Stop | None
+) -> T | None:
     """Wait while another process's download grows; return what it published, or None: our turn."""
     _TURN.leave()
     pulse, since = -1, time.monotonic()
@@ -4642,6 +4680,8 @@ def _await_peer(store: _Store, ident: str, lock: _Lock, found: Callable[[], T | 
             pulse, since = beat, time.monotonic()
         if time.monotonic() - since > _PEER_PATIENCE:
             return None
+        if switch:
+            switch.check()
         time.sleep(0.05)
 
 
@@ -4651,11 +4691,21 @@ _ASKED: set[tuple[str, str]] = set()  # (root, object) that a request was sent a
 class _Look:
     """What the cache holds of an object, and maybe a request for it that is on its way."""
 
-    __slots__ = ("asked", "begun", "entries", "held", "ident", "key", "newest", "place_id")
+    __slots__ = (
+        "asked",
+        "begun",
+        "entries",
+        "held",
+        "ident",
+        "key",
+        "landed",
+        "newest",
+        "place_id",
+    )
 
     def __init__(self, source: _Source, opt: _Options) -> None:
         self.ident, self.place_id = _ident(source.place_id), (source.signed, source.place_id)
-        self.key = opt.store.root, self.ident
+        self.key, self.landed = (opt.store.root, self.ident), _landed(self.ident)
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
         every = source.signed or opt.access.anonymous is not True
@@ -4665,6 +4715,10 @@ class _Look:
         self.asked = False  # ahead
         self.begun: _Exchange | None = None  # its answer is still to be read
         self.newest: _Entry | None = None  # it was asked on the condition that we do not hold this
+
+    def is_old(self, flight: _Flight) -> bool:
+        """Tell whether another thread may have fetched the object since we looked."""
+        return flight.waited or self.landed != _landed(self.ident)
 
     def first_ask(self, newest: _Entry | None, opt: _Options) -> _Ask:
         """Return what to ask for first: a range, unless the object is still what we hold."""
@@ -4679,11 +4733,17 @@ class _Look:
             return False  # what another thread fetches is not asked for twice
         newest = self.held[0] if self.held else None
         exchange = source.exchange(self.first_ask(newest, opt))
-        if exchange is None or not exchange.send_ahead(connect):
+        if exchange is None:
             return False
+        self.asked = True
         _ASKED.add(self.key)
-        self.asked, self.begun, self.newest = True, exchange, newest
-        return True
+        try:
+            if exchange.send_ahead(connect):
+                self.begun, self.newest = exchange, newest
+        finally:
+            if not self.begun:
+                self.close()
+        return self.asked
 
     def take(self, newest: _Entry | None) -> _Exchange | None:
         """Return what was begun on this very condition; its answer is read once."""
@@ -4846,8 +4906,9 @@ class _Fetch:
             entries = self.store.find(self.ident, self.source.signed)
             return next((entry for entry in entries if _is_same(entry, answer)), None)
 
+        switch = self.opt.switch
         # Both may fail to exclude: then two download, and the store is none the worse.
-        flight, lock = _Flight(self.store, self.ident), _Lock(self.store, self.ident)
+        flight, lock = _Flight(self.store, self.ident, switch), _Lock(self.store, self.ident)
         first = flight.acquire(blocking=False)
         if not first:
             answer.body.close()
@@ -4856,13 +4917,16 @@ class _Fetch:
             if first and not lock.acquire():
                 answer.body.close()
                 first = False
-            entry = found() if first else _await_peer(self.store, self.ident, lock, found)
+            wait = partial(_await_peer, self.store, self.ident, lock, found, switch)
+            entry = found() if first else wait()
             if entry and self.store.confirm(entry.path):
                 return entry.path, True
             return self._parts(answer, first, found)
         finally:
-            lock.release()
-            flight.release()
+            try:
+                lock.release()
+            finally:
+                flight.release()
 
     def _parts(
         self, answer: _Answer, first: bool, found: Callable[[], _Entry | None]
@@ -4927,6 +4991,8 @@ def _list_all(source: _S3, prefix: str, switch: _Stop | None) -> list[_Key]:
     token: str | None = None
     seen: set[str] = set()
     while True:
+        if switch:
+            switch.check()
         patience = _Patience(switch)
         while True:
             try:
@@ -5202,7 +5268,8 @@ class _Tree:
         head = f"{self.id}_{access}{_digest(*lines)[:16]}_"
         tail = _tail(self.source.name, _NAME_LIMIT - len(head))
         path = os.path.join(self.store.trees, head + tail)
-        with _Flight(self.store, self.id):  # who waits for another thread's finds it whole
+        # Who waits for another thread's finds it whole.
+        with _Flight(self.store, self.id, self.opt.switch):
             if _is_whole_tree(path, names, keys):
                 self.store.confirm(path)
                 return self.result(path, "revalidated", size)
@@ -5214,6 +5281,11 @@ class _Tree:
         """Make the directory that a listing describes; False if that changes meanwhile."""
         aside = _aside(self.store.trees)
         try:
+            with _Disk(self.store.trees):
+                self.store.make(self.store.trees)
+                if _folds_case(self.store):
+                    _tree_names(keys, self.prefix, True)
+                os.mkdir(aside, 0o700 if self.source.signed else 0o777)
             self.fill(aside, names, keys)
             if self.changed:
                 return False
@@ -5270,8 +5342,8 @@ class _Tree:
             entry = self.entry(key, look)
             if entry:
                 return entry.path
-            with _Flight(self.store, look.ident) as flight:
-                if flight.waited:  # what another tree fetches is seen
+            with _Flight(self.store, look.ident, self.opt.switch) as flight:
+                if look.is_old(flight):  # what another tree fetches is seen
                     look.held = self.store.find(look.ident, source.signed)
                     entry = self.entry(key, look)
                     if entry:
@@ -5289,11 +5361,6 @@ class _Tree:
         """Make the directory visible; a damaged one of the same name makes room."""
         with _Disk(path):
             os.utime(aside)
-            with _Disk(self.store.trees):
-                self.store.make(self.store.trees)
-                if _folds_case(self.store):
-                    _tree_names(keys, self.prefix, True)
-                os.mkdir(aside, 0o700 if self.source.signed else 0o777)
             try:
                 return os.rename(aside, path)
             except OSError:
@@ -5337,13 +5404,15 @@ def _cached(source: _Source, opt: _Options, look: _Look | None) -> LocalizedReso
     try:
         if held:
             return _Fetch(source, opt, look).run(held)
-        with _Flight(store, ident) as flight:
-            waited = flight.waited
+        with _Flight(store, ident, opt.switch) as flight:
+            old = look.is_old(flight)
             if store.recently_partial() and store.pulse(ident):
-                lock, waited = _Lock(store, ident), True
-                _await_peer(store, ident, lock, lambda: None)
-                lock.release()
-            if waited:
+                lock, old = _Lock(store, ident), True
+                try:
+                    _await_peer(store, ident, lock, lambda: None, opt.switch)
+                finally:
+                    lock.release()
+            if old:
                 held = store.find(ident, source.signed)
             return _Fetch(source, opt, look).run(held)
     except TransferError as error:
@@ -5406,6 +5475,7 @@ def _localize(text: str, opt: _Options, look: _Look | None = None) -> LocalizedR
         raise ValueError("version_id is for single s3:// objects")
     if target.kind == "local":
         return _local(text)
+    _import_early()
     missing: NotFoundError | None = None
     if not is_tree:
         try:
@@ -5483,7 +5553,6 @@ def get_local_path_for_resource(
         Not a URI, key, or option that can be. Nothing was sent or written.
     NotFoundError, AccessDeniedError
         Missing; refused (to an anonymous caller S3 says so of missing keys, too). Both are
-    _import_early()
         `FileNotFoundError`, as in 0.1.
     TransferError
         The network or the server failed through all retries (8, or 60 s without progress).
@@ -5649,6 +5718,12 @@ def get_local_paths_for_resources(
     return [results[index] for index in order]
 
 
+def _remove_own(path: str, pid: int) -> None:
+    """Remove a temporary cache, unless it is the parent's."""
+    if os.getpid() == pid:
+        _remove_tree(path)
+
+
 class CacheManager:
     """A cache directory, and what can be done with all of it.
 
@@ -5678,6 +5753,7 @@ class CacheManager:
         self._remove: Callable[[], object] | None = None
         if not persistent:
             import tempfile
+            import weakref
 
             with _Disk(base or "the temp directory"):
                 base = tempfile.mkdtemp(prefix="aind-s3-cache-", dir=base)
@@ -5718,12 +5794,6 @@ class CacheManager:
         inodes: dict[tuple[int, int], int] = {}
         for unit in self._keeper.units():
             inodes.update(unit.inodes)
-def _remove_own(path: str, pid: int) -> None:
-    """Remove a temporary cache, unless it is the parent's."""
-    if os.getpid() == pid:
-        _remove_tree(path)
-
-
         return sum(inodes.values())
 
     def prune(
@@ -5753,7 +5823,6 @@ def _remove_own(path: str, pid: int) -> None:
             What went.
 
         Raises
-            import weakref
         ------
         ValueError
             A negative limit.

@@ -270,6 +270,52 @@ def test_a_tree_that_fails_leaves_the_other_trees_alone(server: Server, get_all:
     assert [len(os.listdir(tree)) for tree in results[1:]] == [20] * 5
 
 
+def seconds_to_fail(get_all: Get, uri: str) -> float:
+    began = time.monotonic()
+    with pytest.raises(s3c.NotFoundError):
+        get_all([uri, f"s3://{BUCKET}/missing"])
+    return time.monotonic() - began
+
+
+def test_an_error_does_not_wait_for_what_another_thread_fetches(
+    server: Server, publish: Any, get_all: Get
+) -> None:
+    uri, server.rate = publish(bytes(5 << 20)), 1 << 20
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(get_all, [uri])
+        while server.bytes_sent < 1 << 19:
+            time.sleep(0.01)
+        assert seconds_to_fail(get_all, uri) < 3
+        assert not other.done()
+
+
+FETCH = """
+import sys, SUBJECT as s3c
+s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2])
+"""
+
+
+@pytest.mark.leftovers
+def test_an_error_does_not_wait_for_what_another_process_fetches(
+    server: Server, publish: Any, get_all: Get, cache: Path, spawn: Any
+) -> None:
+    uri, server.rate = publish(bytes(64 << 20)), 1 << 18
+    child = spawn(FETCH, uri, cache)
+    while server.bytes_sent < 1 << 20:
+        time.sleep(0.01)
+    assert seconds_to_fail(get_all, uri) < 4
+    assert child.poll() is None
+
+
+def test_an_error_does_not_wait_for_a_long_listing(
+    server: Server, publish: Any, get_all: Get
+) -> None:
+    uris = [publish(b"x", key=f"tree/{n}") for n in range(40)]
+    server.page_size = 1
+    server.before = lambda request: time.sleep(0.2 * ("list-type" in request.target))
+    assert seconds_to_fail(get_all, os.path.dirname(uris[0]) + "/") < 4
+
+
 # ==== Workers and connections =================================================================
 
 

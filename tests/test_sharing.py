@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import linecache
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -108,6 +110,86 @@ def test_threads_that_queue_for_their_turn_download_it_once(
         s3c._TURN.exit(entered)
         assert {call.result().size for call in calls} == {MiB // 2}
     assert server.bytes_sent - sent == MiB // 2
+
+
+@pytest.mark.parametrize("size", [1000, 2 * MiB])
+def test_who_looked_before_another_thread_was_done_looks_again(
+    size: int, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get(publish(b"x", key="other"))
+    others: list[Any] = []
+    uri, listdir = publish(blob(size)), os.listdir
+
+    def slow(path: Any) -> list[str]:  # as on a network file system
+        names = listdir(path) if os.path.isdir(path) else []
+        if "objects" in str(path) and not others:
+            others.append(None)
+            others.extend(at_once(1, lambda: get(uri)))
+        return names
+
+    monkeypatch.setattr(os, "listdir", slow)
+    statuses = get(uri).status, others[1].status
+    assert statuses == ("revalidated", "downloaded")
+
+
+def test_what_a_batch_has_asked_for_ahead_is_not_kept_twice(
+    server: Server, publish: Publish, get: Get, cache: Path
+) -> None:
+    first = [publish(b"x", key=f"k{n}") for n in range(20)]
+    uris = [*first, publish(b"x", key="slow"), publish(blob(MiB // 2), key="asked")]
+    server.before = lambda request: time.sleep(0.5 * request.path.endswith("slow"))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        batch = pool.submit(s3c.get_local_paths_for_resources, uris, cache_dir=cache, max_workers=3)
+        while len(server.seen) < len(uris):
+            time.sleep(0.001)
+        single = get(uris[-1])
+        assert {single.status, batch.result()[-1].status} == {"downloaded", "revalidated"}
+
+
+def interrupt_at(step: int, work: Callable[[], Any], functions: set[str]) -> str:
+    """Run, with a Ctrl-C at the nth line within these functions: which one; "" if past the last."""
+    left, before = [step], sys.gettrace()
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        if frame.f_code.co_name not in functions:
+            return None
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        # No signal is handled between a block's end and what releases its lock or mark.
+        left[0] -= event == "line" and not line.lstrip().startswith(("with ", "busy.clear"))
+        if left[0] < 0:
+            sys.settrace(before)
+            raise KeyboardInterrupt(line)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt as error:
+        return str(error)
+    finally:
+        sys.settrace(before)
+    return ""
+
+
+def enter_and_exit(turn: Any) -> None:
+    turn.exit(turn.enter(int))
+
+
+@pytest.mark.parametrize("name", ["leave", "work_ahead"])
+def test_an_interrupt_at_any_line_of_a_turn_leaves_nobody_waiting(name: str) -> None:
+    for step in range(50):
+        turn = s3c._Turn()
+        entered = turn.enter()
+        other = threading.Thread(target=enter_and_exit, args=(turn,), daemon=True)
+        other.start()
+        while not turn._next:
+            time.sleep(0.001)
+        interrupted = interrupt_at(step, getattr(turn, name), {"leave", "_give", "work_ahead"})
+        turn.exit(entered)
+        other.join(2)
+        assert not other.is_alive(), interrupted
+        if not interrupted:
+            break
 
 
 def test_threads_that_find_a_large_object_changed_download_it_once(
@@ -375,3 +457,63 @@ def test_lock_files_are_never_removed_by_a_download(
     s3c.CacheManager(cache).prune(max_age_days=0, max_size_bytes=0)
     assert lock.stat().st_ino == inode
     assert lock.stat().st_size == 0
+
+
+UNLOCK = """
+import SUBJECT as s3c, fcntl, os, signal, sys, threading, time
+cache, first = sys.argv[1:]
+get = lambda uri: s3c.get_local_path_for_resource(uri, cache_dir=cache)
+flock = fcntl.flock
+def slow(fd, how):  # a server that takes its time
+    flock(fd, how)
+    if how == fcntl.LOCK_UN:
+        fcntl.flock = flock
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+fcntl.flock = slow
+try: get(first)
+except KeyboardInterrupt: print("interrupted")
+os.remove(get(first).path)
+other = threading.Thread(target=get, args=(first,), daemon=True)
+other.start()
+other.join(5)
+print(other.is_alive())
+"""
+
+
+@posix
+def test_an_interrupt_while_a_lock_is_released_leaves_nobody_waiting(
+    publish: Publish, run_python: Any, cache: Path
+) -> None:
+    uri = publish(blob(12 * MiB))
+    assert run_python(UNLOCK, cache, uri).stdout == "interrupted\nFalse\n"
+
+
+LOCKED = """
+import SUBJECT as s3c, fcntl, os, signal, sys, threading, time
+cache, uri = sys.argv[1:]
+get = lambda: s3c.get_local_path_for_resource(uri, cache_dir=cache)
+path = get().path
+parts = cache + "/aind-s3-cache/partial"
+os.makedirs(parts, exist_ok=True)
+for end in ("data", "log"):  # what a killed process left
+    open(f"{parts}/{path.name[:20]}.0123.dead.{end}", "wb").close()
+os.remove(path)
+flock = fcntl.flock
+fcntl.flock = lambda fd, how: (time.sleep(0.4), flock(fd, how))
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+try: get()
+except KeyboardInterrupt: print("interrupted")
+time.sleep(0.5)
+fcntl.flock, began = flock, time.monotonic()
+print(get().status, time.monotonic() - began < 3)
+"""
+
+
+@posix
+@pytest.mark.leftovers
+def test_an_interrupt_while_a_lock_is_awaited_leaves_it_free(
+    publish: Publish, run_python: Any, cache: Path
+) -> None:
+    uri = publish(blob(12 * MiB))
+    assert run_python(LOCKED, cache, uri).stdout == "interrupted\ndownloaded True\n"
