@@ -88,14 +88,15 @@ __all__ = [  # noqa: RUF022  in the order of the documentation
 # need them: a fresh process that reads one small file pays for little else than the interpreter.
 # Those that several threads are likely to need first at the same time are imported by one thread at
 # a time: where threads wait for each other within CPython's import, a Ctrl-C can leave its lock
-# taken for ever.
-_IMPORTS = threading.Lock()
+# taken for ever. Re-entrant, for a finalizer or a signal handler may come in the midst of it.
+_IMPORTS = threading.RLock()
 
 
 @lru_cache(maxsize=1)
 def _import_early() -> None:
     """Import what nearly every request needs."""
     with _IMPORTS:
+        import encodings.idna  # noqa: F401  socket and ssl want it for every name
         import hashlib  # noqa: F401
         import socket  # noqa: F401
         import urllib.parse  # noqa: F401
@@ -1474,9 +1475,7 @@ def _dial(origin: Origin, deadline: float) -> Socket:
     # All addresses are tried in the resolver's order. Racing IPv4 against IPv6 was left out:
     # two sockets for each connection, to save 10 s where one of the two is broken.
     last: OSError = OSError(errno.EHOSTUNREACH, "no address")
-    # As bytes: for a str CPython imports its IDNA codec, among threads and where files run out.
-    host, port = origin[1].encode("ascii"), origin[2]
-    for family, kind, proto, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
+    for family, kind, proto, _, address in socket.getaddrinfo(*origin[1:], 0, socket.SOCK_STREAM):
         left = min(_CONNECT_TIMEOUT, deadline - time.monotonic())
         if left <= 0:
             raise TimeoutError
@@ -1561,7 +1560,7 @@ def _connect(place: _Place, proxy: _Place | None, key: tuple[Any, ...], env: _En
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             # Without close_notify a cut connection looks like an end: ragged ends are errors.
             sock = context.wrap_socket(
-                sock, server_hostname=place.origin[1].encode(), suppress_ragged_eofs=False
+                sock, server_hostname=place.origin[1], suppress_ragged_eofs=False
             )
         sock.settimeout(_STALL_TIMEOUT)
     except BaseException:
@@ -4364,20 +4363,20 @@ class _Flight:
         seat.waiting -= 1
 
     def _pass_on(self, seat: _Seat) -> None:
-        if seat.owner:
+        if seat.owner or _FLIGHTS.get(self._key) is not seat:  # after a fork: the parent's
             return
         if seat.waiting and seat.changed:
             seat.changed.notify()
-        elif _FLIGHTS.get(self._key) is seat:
+        else:
             del _FLIGHTS[self._key]
 
     def release(self) -> None:
         seat = self._seat
-        seat.depth -= 1
-        if seat.depth:
+        if seat.depth > 1:
+            seat.depth -= 1
             return
         _LANDED[int(self._key[1][:2], 16)] = next(_SERIAL)
-        seat.owner = 0  # first, and without the lock: a Ctrl-C there must leave nobody waiting
+        seat.depth, seat.owner = 0, 0  # without the lock: a Ctrl-C there must leave nobody waiting
         with _FLIGHTS_LOCK:
             self._pass_on(seat)
 
@@ -4396,7 +4395,7 @@ def _after_fork() -> None:
     global _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS, _TURN
     _POOL.after_fork()
     _TURN = _Turn()
-    _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.Lock(), threading.Lock(), threading.Lock()
+    _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.Lock(), threading.Lock(), threading.RLock()
     _FLIGHTS.clear()
     _ASKED.clear()
     _CLIENTS.clear()
@@ -4972,7 +4971,8 @@ def _is_fresh(opt: _Options, validated: float) -> bool:
 
 def _may_be_stale(opt: _Options, error: TransferError) -> bool:
     """Tell whether the last copy may stand in for an answer: no answer, 429 or 5xx."""
-    return opt.stale_if_error and (error.status or 500) >= 429
+    stopped = opt.switch is not None and opt.switch.event.is_set()
+    return opt.stale_if_error and (error.status or 500) >= 429 and not stopped
 
 
 def _warn(text: str, *args: object) -> None:
@@ -5342,7 +5342,7 @@ class _Tree:
             entry = self.entry(key, look)
             if entry:
                 return entry.path
-            with _Flight(self.store, look.ident, self.opt.switch) as flight:
+            with _Flight(self.store, look.ident, opt.switch) as flight:
                 if look.is_old(flight):  # what another tree fetches is seen
                     look.held = self.store.find(look.ident, source.signed)
                     entry = self.entry(key, look)
@@ -5719,9 +5719,27 @@ def get_local_paths_for_resources(
 
 
 def _remove_own(path: str, pid: int) -> None:
-    """Remove a temporary cache, unless it is the parent's."""
-    if os.getpid() == pid:
-        _remove_tree(path)
+    """Remove a temporary cache with all that is read-only in it, unless it is the parent's."""
+    if os.getpid() != pid:
+        return
+    import shutil
+
+    def insist(remove: Callable[[str], object], at: str, _: object) -> None:
+        if at == path:  # its parent is not ours
+            return
+        try:
+            os.chmod(os.path.dirname(at), 0o700)
+            # Windows looks at the file's own mode; elsewhere that is none of our business.
+            if os.name == "nt" or stat.S_ISDIR(os.lstat(at).st_mode):
+                os.chmod(at, 0o700)
+            if remove in (os.unlink, os.rmdir):
+                remove(at)
+        except OSError:
+            pass
+
+    kwargs: Any = {"onexc" if sys.version_info >= (3, 12) else "onerror": insist}
+    for _ in range(2):  # a directory that could not be read can the second time
+        shutil.rmtree(path, **kwargs)
 
 
 class CacheManager:

@@ -886,6 +886,29 @@ print(manager.dir.exists())
     assert run_python(code).stdout == "True\n"
 
 
+def test_a_temporary_cache_goes_in_the_midst_of_an_import(run_python: Run) -> None:
+    """As when a finalizer or a signal handler comes while a first request imports."""
+    code = """
+import SUBJECT as s3c
+with s3c._IMPORTS:
+    s3c.CacheManager(persistent=False).close()
+"""
+    run_python(code, timeout=10)
+
+
+def test_what_is_read_only_in_a_temporary_cache_goes_too(as_nobody: Any) -> None:
+    def leaves_something() -> bool:
+        with s3c.CacheManager(persistent=False) as manager:
+            for name, mode in (("closed", 0o000), ("read-only", 0o555)):
+                (manager.dir / name / "below").mkdir(parents=True)
+                (manager.dir / name).chmod(mode)
+        return bool(manager.dir.exists())
+
+    before = Path(tempfile.gettempdir()).stat().st_mode
+    assert as_nobody(leaves_something) is False
+    assert Path(tempfile.gettempdir()).stat().st_mode == before
+
+
 def test_a_temporary_cache_goes_when_the_block_fails(publish: Publish) -> None:
     manager = s3c.CacheManager(persistent=False)
     with pytest.raises(s3c.NotFoundError), manager:

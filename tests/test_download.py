@@ -852,7 +852,7 @@ def interrupt(
 ) -> tuple[float, str]:
     """Start, send a real SIGINT once it hangs; return the seconds to its end, and its stderr.
 
-    It is to end within one; the tests allow a loaded machine two, and a broken variant takes 30.
+    It is to end within one; the tests allow a loaded machine four, and a broken variant takes 30.
     """
     source = prelude + code.replace("SUBJECT", subject_name)
     command = [sys.executable, "-c", source, *map(str, args)]
@@ -903,7 +903,7 @@ def test_ctrl_c_ends_within_a_second_whatever_the_server_does(
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     wanted = 2 if fault == "stalled parts" else 1
     took, errors = interrupt(prelude, lambda: len(server.seen) >= wanted, uri, cache, *signed)
-    assert took < 2
+    assert took < 4
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert_unpublished(cache)
 
@@ -915,7 +915,7 @@ def test_ctrl_c_ends_a_handshake_that_hangs(
     tls_server.accept_delay = 60
     uri = publish(b"x")
     took, errors = interrupt(prelude, lambda: tls_server.connections > 0, uri, cache)
-    assert took < 2
+    assert took < 4
     assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
@@ -930,7 +930,7 @@ import sys, SUBJECT as s3c
 s3c.get_local_paths_for_resources(sys.argv[2:], cache_dir=sys.argv[1], max_workers=4)
 """
     took, errors = interrupt(prelude, lambda: len(server.seen) >= 4, cache, *uris, code=code)
-    assert took < 2
+    assert took < 4
     assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
@@ -952,7 +952,7 @@ def test_what_came_before_ctrl_c_is_not_fetched_again(
     uri = publish(data)
     cut(3 << 20, STALL, times=1)
     took, _ = interrupt(prelude, lambda: server.bytes_sent > 6 << 20, uri, cache)
-    assert took < 2
+    assert took < 4
     assert entries(cache) == ["partial"]
     server.reset()
     assert get(uri).path.read_bytes() == data

@@ -163,6 +163,34 @@ def test_an_interrupt_amid_the_first_requests_of_many_threads_leaves_no_import_u
     assert set(done.stdout.split()) == {"0"}
 
 
+FORK_WITHIN = """
+import SUBJECT as s3c, os, sys, threading, time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+cache, uri = sys.argv[1:]
+parent, pids = os.getpid(), []
+def get(**options): return s3c.get_local_path_for_resource(uri, cache_dir=cache, **options)
+def fork(_):
+    if not pids:
+        time.sleep(0.3)  # by now the other thread waits
+        pids.append(os.fork())
+other = threading.Timer(0.1, get)
+other.start()
+print(get(progress=fork).status, flush=True)
+if os.getpid() != parent: os._exit(0)
+os.waitpid(pids[0], 0)
+other.join()
+"""
+
+
+@posix
+@pytest.mark.leftovers
+def test_a_child_forked_by_a_progress_function_ends_the_download_of_its_own(
+    server: Server, publish: Publish, run_python: Run, cache: Path
+) -> None:
+    uri, server.rate = publish(blob(900_000)), MiB
+    assert run_python(FORK_WITHIN, cache, uri).stdout.split() == ["downloaded"] * 2
+
+
 FORK_LOCK = """
 import SUBJECT as s3c, os, sys, threading, time, warnings
 warnings.simplefilter("ignore", DeprecationWarning)

@@ -111,8 +111,8 @@ def resolving(monkeypatch: pytest.MonkeyPatch, *hosts: str) -> list[Any]:
     """Resolve every name to these addresses; the list holds the names that were looked up."""
     look_up, asked = socket.getaddrinfo, []
 
-    def answer(host: str | bytes, *args: Any) -> Any:
-        asked.append(os.fsdecode(host))
+    def answer(host: str, *args: Any) -> Any:
+        asked.append(host)
         return [found for address in hosts for found in look_up(address, *args)]
 
     monkeypatch.setattr(socket, "getaddrinfo", answer)
@@ -214,6 +214,21 @@ def test_requests_one_after_the_other_share_a_connection(
     server: Server, publish: Publish, get: Get
 ) -> None:
     assert_shared(server, publish, get)
+
+
+def test_ssl_is_told_the_name_as_text(
+    tls_server: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else truststore fails, which replaces ssl where a company's proxy makes certificates."""
+    names, wrap = [], ssl.SSLContext.wrap_socket
+
+    def recording(self: ssl.SSLContext, sock: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(kwargs.get("server_hostname"))
+        return wrap(self, sock, *args, **kwargs)
+
+    monkeypatch.setattr(ssl.SSLContext, "wrap_socket", recording)
+    get(publish(b"x"))
+    assert [name for name in names if name] == ["127.0.0.1"]  # the server's own has none
 
 
 def test_over_tls_they_share_it_too(tls_server: Server, publish: Publish, get: Get) -> None:
