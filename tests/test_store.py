@@ -443,7 +443,7 @@ def test_too_few_file_descriptors(
     done = run_python(DESCRIPTORS, cache, publish(blob(9 * MiB), key="first"), *uris)
     told = done.stdout.split("\n")[:-1]
     wanted = f"{errno.EMFILE} True"
-    assert told == sorted(told, key=lambda line: line != wanted), done.stdout
+    assert set(told) == {wanted, "downloaded"}, done.stdout  # how many suffice: as threads meet
     assert (told[0], told[-1]) == (wanted, "downloaded")
     assert not [path for path in files(cache) if path.name[0] == "." or path.suffix == ".log"]
 
