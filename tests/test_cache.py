@@ -17,7 +17,7 @@ from typing import Any, Callable
 from urllib.parse import quote
 
 import pytest
-from conftest import BUCKET, Run
+from conftest import BUCKET, NOBODY, Run
 from server import Server
 from subject import s3c
 
@@ -896,17 +896,17 @@ with s3c._IMPORTS:
     run_python(code, timeout=10)
 
 
-def test_what_is_read_only_in_a_temporary_cache_goes_too(as_nobody: Any) -> None:
+def test_what_is_read_only_in_a_temporary_cache_goes_too(as_nobody: Any, public: Path) -> None:
     def leaves_something() -> bool:
-        with s3c.CacheManager(persistent=False) as manager:
+        with s3c.CacheManager(public, persistent=False) as manager:
             for name, mode in (("closed", 0o000), ("read-only", 0o555)):
                 (manager.dir / name / "below").mkdir(parents=True)
                 (manager.dir / name).chmod(mode)
         return bool(manager.dir.exists())
 
-    before = Path(tempfile.gettempdir()).stat().st_mode
+    os.chown(public, NOBODY, NOBODY)
     assert as_nobody(leaves_something) is False
-    assert Path(tempfile.gettempdir()).stat().st_mode == before
+    assert public.stat().st_mode & 0o777 == 0o755
 
 
 def test_a_temporary_cache_goes_when_the_block_fails(publish: Publish) -> None:
