@@ -39,6 +39,7 @@ Environment, read at call time: ``AIND_S3_CACHE_DIR``, ``AIND_S3_CACHE_OFFLINE``
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # pyright: ignore[reportMissingImports]
 import atexit
 import errno
 import itertools
@@ -86,10 +87,58 @@ __all__ = [  # noqa: RUF022  in the order of the documentation
 
 # Heavy modules (socket, ssl, json, hashlib, pathlib, urllib.*) are imported in the functions that
 # need them: a fresh process that reads one small file pays for little else than the interpreter.
-# Those that several threads are likely to need first at the same time are imported by one thread at
-# a time: where threads wait for each other within CPython's import, a Ctrl-C can leave its lock
-# taken for ever. Re-entrant, for a finalizer or a signal handler may come in the midst of it.
-_IMPORTS = threading.RLock()
+
+
+class _Imports:
+    """What several threads may import first at the same time: one at a time, and no Ctrl-C amid it.
+
+    Where threads wait for each other within CPython's import, a Ctrl-C can leave its lock taken for
+    ever; and a package whose first import breaks off can fail at every later one (pathlib in 3.13).
+    Re-entrant, for a finalizer or a signal handler may come in the midst of it. No helper thread
+    imports instead: it would wait for a module that the caller's own import has begun.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._deferred: tuple[int, Any, Any, list[Any]] | None = None
+
+    def __enter__(self) -> None:
+        # In this order no Ctrl-C is lost, or leaves anything, between any two lines here and below.
+        handler = _signal.getsignal(_signal.SIGINT)
+        if callable(handler) and not self._deferred:
+            missed: list[Any] = []
+
+            def defer(*args: object) -> None:
+                missed[:] = args
+
+            try:
+                _signal.signal(_signal.SIGINT, defer)
+                self._deferred = threading.get_ident(), handler, defer, missed
+            except ValueError:  # not the main thread: no Ctrl-C comes here
+                pass
+        self._lock.acquire()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        is_last = not self._depth
+        self._lock.release()
+        if is_last and self._deferred and self._deferred[0] == threading.get_ident():
+            self.restore()
+
+    def restore(self) -> None:
+        """Let a Ctrl-C come again; also in a child that another thread forked meanwhile."""
+        deferred, self._deferred = self._deferred, None
+        if deferred:
+            _, handler, defer, missed = deferred
+            if _signal.getsignal(_signal.SIGINT) is defer:
+                _signal.signal(_signal.SIGINT, handler)
+            if missed:
+                handler(*missed)
+
+
+_IMPORTS = _Imports()
 
 
 @lru_cache(maxsize=1)
@@ -101,6 +150,14 @@ def _import_early() -> None:
         import socket  # noqa: F401
         import urllib.parse  # noqa: F401
         import zlib  # noqa: F401
+
+
+@lru_cache(maxsize=1)
+def _path_class() -> type[Path]:
+    with _IMPORTS:
+        from pathlib import Path
+
+    return Path
 
 
 TYPE_CHECKING = False
@@ -2347,8 +2404,9 @@ def _own_client(required: bool, endpoint: str) -> Any:
         if env in _CLIENTS:
             return _CLIENTS[env]
         try:
-            import boto3.session  # pyright: ignore[reportMissingImports]
-            from botocore.config import Config  # pyright: ignore[reportMissingImports]
+            with _IMPORTS:
+                import boto3.session  # pyright: ignore[reportMissingImports]
+                from botocore.config import Config  # pyright: ignore[reportMissingImports]
         except ImportError:
             if not required:
                 return None
@@ -4168,10 +4226,7 @@ class LocalizedResource(_Record):
     @property
     def path(self) -> Path:
         """Where it is, as an absolute `pathlib.Path`."""
-        with _IMPORTS:
-            from pathlib import Path
-
-        return Path(self._path)
+        return _path_class()(self._path)
 
     def __fspath__(self) -> str:
         return self._path
@@ -4395,7 +4450,8 @@ def _after_fork() -> None:
     global _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS, _TURN
     _POOL.after_fork()
     _TURN = _Turn()
-    _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.Lock(), threading.Lock(), threading.RLock()
+    _IMPORTS.restore()
+    _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.Lock(), threading.Lock(), _Imports()
     _FLIGHTS.clear()
     _ASKED.clear()
     _CLIENTS.clear()
