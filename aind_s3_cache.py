@@ -186,7 +186,7 @@ if TYPE_CHECKING:
         """What a transfer writes chunks to."""
 
         def write(self, view: memoryview, offset: int) -> None: ...
-        def finish(self, index: int, crc: int) -> None: ...
+        def finish(self, index: int, crcs: bytes) -> None: ...
         def restart(self) -> None: ...
 
 
@@ -194,7 +194,9 @@ if TYPE_CHECKING:
 # Every number of the module, each with its reason; read at call time, so tests can shrink them.
 
 _MiB = 1 << 20
-_CHUNK = 256 << 10  # read, checked, written and logged at a time; larger did not go faster
+_CHUNK = 256 << 10  # checked, logged and found again
+_BLOCK = _MiB  # read and written at a time: each call less is a wait less for the interpreter lock
+_LOG_EVERY = 0.2  # seconds after which also less than that is written
 _WHOLE = _MiB  # comes into memory, and is written at once when it is checked
 _SPAN = 8 * _MiB  # the most that one range asks for: a round trip is little beside it
 _SPAN_FAR = _MiB  # the least of a server that is far; of a near one it is a chunk
@@ -2236,7 +2238,7 @@ class _Stream:
     def readinto(self, view: memoryview) -> int:
         self._reading = True
         try:
-            data = self._body.read(len(view))
+            data = self._body.read(min(len(view), _CHUNK))  # if that breaks, all of it is lost
         except Exception as error:
             if self._switch:
                 self._switch.check()
@@ -2548,7 +2550,7 @@ class _Bytes(_Sink):
 
 
 class _Chunks(_Sink):
-    """A body on its way to a file, a chunk at a time through one reused buffer."""
+    """A body on its way to a file, some chunks at a time through one reused buffer."""
 
     def __init__(
         self,
@@ -2560,33 +2562,39 @@ class _Chunks(_Sink):
     ) -> None:
         super().__init__(at, progress)
         self._file, self._total = file, total
-        self._buffer = memoryview(bytearray(_CHUNK)) if buffer is None else buffer
+        self._buffer = memoryview(bytearray(_BLOCK)) if buffer is None else buffer
+        self._base = self._end = at  # of what the buffer holds, and of what it may hold
+        self._due = time.monotonic() + _LOG_EVERY
 
     def room(self, stop: int | None) -> memoryview:
-        filled = self.at % _CHUNK
-        size = _CHUNK - filled if stop is None else min(_CHUNK - filled, stop - self.at)
-        return self._buffer[filled : filled + size]
+        self._end = self._base + len(self._buffer)
+        if stop is not None and stop < self._end:
+            self._end = stop
+        return self._buffer[self.at - self._base : self._end - self._base]
 
     def took(self, size: int) -> None:
         super().took(size)
-        if self.at % _CHUNK == 0 or self.at == self._total:
-            self._flush()
+        if self.at == self._end:
+            self._flush(self.at - self._base)
+        elif time.monotonic() > self._due:  # a slow network: what is killed should not lose much
+            self._flush((self.at - self._base) // _CHUNK * _CHUNK)
 
-    def _flush(self) -> None:
-        from zlib import crc32
-
-        index = max(0, self.at - 1) // _CHUNK
-        view = self._buffer[: self.at - index * _CHUNK]
-        self._file.write(view, index * _CHUNK)
-        self._file.finish(index, crc32(view))
+    def _flush(self, size: int) -> None:
+        view, left = self._buffer[:size], self.at - self._base - size
+        self._file.write(view, self._base)
+        crcs = _crcs(view[at : at + _CHUNK] for at in range(0, size, _CHUNK))
+        self._file.finish(self._base // _CHUNK, crcs)
+        self._buffer[:left] = self._buffer[size : size + left]
+        self._base += size
+        self._due = time.monotonic() + _LOG_EVERY
 
     def end(self) -> None:
         """Write what is left of a body whose length nobody knew."""
-        if self.at % _CHUNK or not self.at:
-            self._flush()
+        self._flush(self.at - self._base)
 
     def rewind(self) -> None:
         super().rewind()
+        self._base = 0
         self._file.restart()
 
 
@@ -3278,8 +3286,8 @@ class _Spool:
         for digest in self._hashes.values():
             digest.update(view)
 
-    def finish(self, index: int, crc: int) -> None:
-        self.crcs += crc.to_bytes(4, "big")
+    def finish(self, index: int, crcs: bytes) -> None:
+        self.crcs += crcs
 
     def restart(self) -> None:
         with _Disk(self.directory, self.need):
@@ -3375,13 +3383,15 @@ class _Partial:
         with _Disk(self.path + ".data", self.total):
             _write_all(self.fd, view, offset)
 
-    def finish(self, index: int, crc: int) -> None:
-        """Note a chunk that is wholly written."""
+    def finish(self, index: int, crcs: bytes) -> None:
+        """Note chunks that are wholly written, from this one on."""
+        count = len(crcs) // 4
         with self.lock:
-            self.crcs[4 * index : 4 * index + 4] = crc.to_bytes(4, "big")
-            self.state[index] = 2
+            self.crcs[4 * index : 4 * (index + count)] = crcs
+            self.state[index : index + count] = b"\2" * count
+        lines = [f"{index + n:x} {crcs[4 * n : 4 * n + 4].hex()}\n" for n in range(count)]
         with _Disk(self.path + ".log"):
-            os.write(self.log, b"%x %08x\n" % (index, crc))
+            os.write(self.log, "".join(lines).encode())
 
     @property
     def whole(self) -> bool:
@@ -3417,7 +3427,7 @@ class _Partial:
             data = file.read(stop - start)
             if len(data) == stop - start and crc32(data) == crc:
                 self.write(memoryview(data), start)
-                self.finish(index, crc)
+                self.finish(index, crc.to_bytes(4, "big"))
                 return len(data)
         finally:
             with self.lock:
@@ -4631,7 +4641,7 @@ class _Download:
         """Fetch runs of chunks until none is free: what one worker does."""
         self.file.hold()
         try:
-            buffer = memoryview(bytearray(_CHUNK))
+            buffer = memoryview(bytearray(_BLOCK))
             patience = _Patience(self.switch, gauge=partial(self.file.state.count, 2))
             while True:
                 with self.file.lock:

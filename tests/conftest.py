@@ -251,6 +251,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     To be used with `multipart_threshold_bytes=256 << 10`.
     """
     monkeypatch.setattr(s3c, "_CHUNK", 16 << 10)
+    monkeypatch.setattr(s3c, "_BLOCK", 32 << 10)
     monkeypatch.setattr(s3c, "_WHOLE", 16 << 10)
     monkeypatch.setattr(s3c, "_SPAN", 64 << 10)
     monkeypatch.setattr(s3c, "_SPAN_FAR", 16 << 10)

@@ -150,15 +150,16 @@ def test_a_server_that_ignores_ranges_sends_everything_once(
 
 
 @SIZES
+@pytest.mark.parametrize("at", [5000, 150_000])
 def test_a_resume_that_is_answered_from_the_start_starts_again(
-    size: int, server: Server, publish: Publish, fetch: Get, cut: Any
+    at: int, size: int, server: Server, publish: Publish, fetch: Get, cut: Any
 ) -> None:
     server.ignore_range = True
     data, counts = random(size), list[int]()
     uri = publish(data)
-    cut(5000, CLOSE)
+    cut(at, CLOSE)
     assert fetch(uri, progress=counts.append).path.read_bytes() == data
-    assert sum(counts) == size
+    assert (sum(counts), len(server.seen)) == (size, 1 + (at < size))
 
 
 def test_a_server_that_stops_to_honour_ranges_is_read_as_one_stream(
@@ -965,7 +966,7 @@ def test_what_came_before_ctrl_c_is_not_fetched_again(
 
 ROUNDS = """
 import gc, json, os, sys, threading, time, SUBJECT as s3c
-s3c._CHUNK, s3c._WHOLE = 16 << 10, 16 << 10
+s3c._CHUNK, s3c._BLOCK, s3c._WHOLE = 16 << 10, 32 << 10, 16 << 10
 s3c._SPAN, s3c._SMALL = 64 << 10, 256 << 10
 s3c._RETRIES, s3c._RETRY_BASE, s3c._STALL_TIMEOUT = 1, 0.001, 0.1
 url, cache, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -474,6 +474,21 @@ def test_a_signal_keeps_the_partial_file(
     assert server.bytes_sent <= 0.6 * SIZE
 
 
+def test_a_slow_download_is_noted_before_a_block_is_full(
+    server: Server, publish: Publish, get: Get, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_LOG_EVERY", 0.05)
+    server.rate, received, noted = 4 * MiB, [0], []
+
+    def watch(size: int) -> None:
+        received[0] += size
+        if received[0] < s3c._BLOCK:
+            noted.append(logged(cache))
+
+    assert get(publish(DATA[: 9 * MiB]), progress=watch).path.read_bytes() == DATA[: 9 * MiB]
+    assert max(noted) > 0
+
+
 class Odd(Exception):
     pass
 
