@@ -4676,11 +4676,11 @@ class _Download:
 
     def run(self, found: Callable[[], _Entry | None]) -> _Entry | None:
         """Bring all chunks; return the entry instead if a peer publishes it first."""
-        began = scanned = time.monotonic()
-        seen, pause, entry = 0, 1.0, None
+        scanned, pause, entry = time.monotonic(), 1.0, None
+        looks = [(scanned, 0)]  # the last of them: a machine may stand still for one
 
         def grow(active: int) -> int:
-            nonlocal began, scanned, seen, pause, entry
+            nonlocal scanned, pause, entry
             if entry:
                 return 0
             now = time.monotonic()
@@ -4692,7 +4692,9 @@ class _Download:
                 if entry:
                     self.switch.stop()
                     return 0
-            rate, began, seen = (self.received - seen) / (now - began), now, self.received
+            began, seen = looks.pop(0) if len(looks) > 9 else looks[0]
+            rate = (self.received - seen) / (now - began)
+            looks.append((now, self.received))
             free = self.file.free * _CHUNK // self.span() + 1
             # More connections help where each is slow; on a fast server they only cost.
             slow = rate < active * _WORKER_RATE
