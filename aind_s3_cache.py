@@ -124,7 +124,8 @@ class _Imports:
         self._depth -= 1
         is_last = not self._depth
         self._lock.release()
-        if is_last and self._deferred and self._deferred[0] == threading.get_ident():
+        deferred = self._deferred  # the main thread may be about to end it
+        if is_last and deferred and deferred[0] == threading.get_ident():
             self.restore()
 
     def restore(self) -> None:
@@ -2556,12 +2557,11 @@ class _Chunks(_Sink):
         self,
         file: _ChunkFile,
         at: int,
-        total: int | None,
         progress: Callable[[int], object] | None,
         buffer: memoryview | None = None,
     ) -> None:
         super().__init__(at, progress)
-        self._file, self._total = file, total
+        self._file = file
         self._buffer = memoryview(bytearray(_BLOCK)) if buffer is None else buffer
         self._base = self._end = at  # of what the buffer holds, and of what it may hold
         self._due = time.monotonic() + _LOG_EVERY
@@ -4660,7 +4660,7 @@ class _Download:
     def _fetch(
         self, answer: _Answer | None, start: int, stop: int, buffer: memoryview, patience: _Patience
     ) -> None:
-        sink = _Chunks(self.file, start, self.total, self.count, buffer)
+        sink = _Chunks(self.file, start, self.count, buffer)
         asked = answered = time.monotonic()
         if answer is None:
             answer = _resume(self.source, sink, stop, self.etag, self.total, patience)
@@ -4949,7 +4949,7 @@ class _Fetch:
         total = answer.total
         file = _Spool(self.store, self.ident, self.source.signed, total or 0, names)
         try:
-            sink = _Chunks(file, 0, total, self.tally)
+            sink = _Chunks(file, 0, self.tally)
             if total is None:
                 _pull_to_end(answer, sink)
             else:

@@ -235,6 +235,36 @@ def test_an_interrupt_anywhere_in_an_imports_begin_or_end_is_not_lost_and_keeps_
     assert step > 15
 
 
+def leave_with_a_pause(section: Any, step: int) -> None:
+    """Enter, and exit when the main thread waits too, with a pause at the nth bytecode of that."""
+    left = [step]
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        frame.f_trace_opcodes = True
+        left[0] -= event == "opcode"
+        if left[0] == -1:
+            time.sleep(0.02)
+        return trace
+
+    with section:
+        while not section._deferred:
+            time.sleep(0.001)
+        sys.settrace(trace)
+    sys.settrace(None)
+
+
+def test_the_main_threads_import_may_end_amid_the_end_of_anothers() -> None:
+    imports = s3c._Imports()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for step in range(60):
+            other = pool.submit(leave_with_a_pause, imports, step)
+            while not imports._depth:
+                time.sleep(0.001)
+            with imports:
+                pass
+            other.result(5)
+
+
 FORK_AMID_IMPORT = """
 import SUBJECT as s3c, os, signal, threading
 def fork():
