@@ -173,6 +173,8 @@ is_default = lambda: signal.getsignal(signal.SIGINT) is signal.default_int_handl
 class Finder:
     def find_spec(self, found, *_):
         if found == name: os.kill(os.getpid(), signal.SIGINT)
+for found in list(sys.modules):  # coverage has imported much already
+    if f"{found}.".startswith(f"{name}."): del sys.modules[found]
 if way == "handler": signal.signal(signal.SIGINT, lambda *_: print(is_whole()))
 sys.meta_path.insert(0, Finder())
 try: print(get().read_text())
