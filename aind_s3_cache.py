@@ -2550,6 +2550,13 @@ class _Bytes(_Sink):
         return self.view[self.at : stop]
 
 
+def _crcs(chunks: Iterable[bytes | memoryview]) -> bytes:
+    """Return the CRC32s of chunks, one after the other."""
+    from zlib import crc32
+
+    return b"".join([crc32(chunk).to_bytes(4, "big") for chunk in chunks])
+
+
 class _Chunks(_Sink):
     """A body on its way to a file, some chunks at a time through one reused buffer."""
 
@@ -2950,13 +2957,6 @@ def _checksum(crcs: bytes | bytearray) -> str:
     from zlib import crc32
 
     return crcs.hex() if len(crcs) == 4 else f"{crc32(crcs):08x}"
-
-
-def _crcs(chunks: Iterable[bytes | memoryview]) -> bytes:
-    """Return the CRC32s of chunks, one after the other."""
-    from zlib import crc32
-
-    return b"".join([crc32(chunk).to_bytes(4, "big") for chunk in chunks])
 
 
 def _checksum_of_file(path: str) -> str:
