@@ -126,17 +126,18 @@ class _Imports:
         self._lock.release()
         deferred = self._deferred  # the main thread may be about to end it
         if is_last and deferred and deferred[0] == threading.get_ident():
+            _, handler, _, missed = deferred
             self.restore()
+            if missed:
+                handler(*missed)
 
     def restore(self) -> None:
         """Let a Ctrl-C come again; also in a child that another thread forked meanwhile."""
         deferred, self._deferred = self._deferred, None
         if deferred:
-            _, handler, defer, missed = deferred
+            _, handler, defer, _ = deferred
             if _signal.getsignal(_signal.SIGINT) is defer:
                 _signal.signal(_signal.SIGINT, handler)
-            if missed:
-                handler(*missed)
 
 
 _IMPORTS = _Imports()
