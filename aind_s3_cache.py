@@ -120,7 +120,7 @@ class _Imports:
         self._lock.acquire()
         self._depth += 1
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *args: object) -> None:
         self._depth -= 1
         is_last = not self._depth
         self._lock.release()
