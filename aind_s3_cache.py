@@ -588,7 +588,8 @@ def as_pathlike(base: StrPath) -> tuple[str, str | None, PurePath]:
     ValueError
         An ``s3://`` URI that `parse_s3_uri` refuses.
     """
-    from pathlib import Path, PurePosixPath, PureWindowsPath
+    with _IMPORTS:
+        from pathlib import Path, PurePosixPath, PureWindowsPath
 
     text = _text(base)
     scheme = _scheme(text)
@@ -3313,15 +3314,15 @@ class _Spool:
         _unlink(self._path)
 
 
-def _parse_log(data: bytes, count: int) -> dict[int, int]:
+def _parse_log(data: bytes, count: int) -> dict[int, bytes]:
     """Return chunk -> CRC32 of a log; torn and foreign lines are skipped."""
-    found: dict[int, int] = {}
+    found: dict[int, bytes] = {}
     for line in data[: data.rfind(b"\n") + 1].splitlines():
         index, _, crc = line.partition(b" ")
         try:
             at = int(index, 16)
             if len(crc) == 8 and 0 <= at < count:
-                found[at] = int(crc, 16)
+                found[at] = bytes.fromhex(crc.decode())
         except ValueError:
             pass
     return found
@@ -3418,17 +3419,15 @@ class _Partial:
             self.free -= 1
             return True
 
-    def _copy(self, file: FileIO, index: int, crc: int) -> int:
+    def _copy(self, file: FileIO, index: int, crc: bytes) -> int:
         """Copy a taken chunk if its checksum is right; whatever goes wrong, it is free again."""
-        from zlib import crc32
-
         start, stop = self.chunk(index)
         try:
             file.seek(start)
             data = file.read(stop - start)
-            if len(data) == stop - start and crc32(data) == crc:
+            if len(data) == stop - start and _crcs([data]) == crc:
                 self.write(memoryview(data), start)
-                self.finish(index, crc.to_bytes(4, "big"))
+                self.finish(index, crc)
                 return len(data)
         finally:
             with self.lock:
@@ -5829,8 +5828,6 @@ class CacheManager:
     """
 
     def __init__(self, cache_dir: StrPath | None = None, *, persistent: bool = True) -> None:
-        from pathlib import Path
-
         base = None
         if cache_dir or persistent:
             base = _Options(cache_dir=cache_dir).store.cache_dir
@@ -5846,7 +5843,7 @@ class CacheManager:
                 base = tempfile.mkdtemp(prefix="aind-s3-cache-", dir=base)
             # Not TemporaryDirectory: a forked child that ends would remove its parent's.
             self._remove = weakref.finalize(self, _remove_own, base, os.getpid())
-        self.dir: Path = Path(str(base))
+        self.dir: Path = _path_class()(str(base))
         self._keeper = _Keeper(_Store(str(base)))
 
     def __enter__(self) -> CacheManager:
