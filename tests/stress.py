@@ -63,8 +63,8 @@ def spoil() -> None:
     import fcntl
 
     setattr(fcntl, "flock", lambda *_: None)  # noqa: B010 - for mypy, a function is no variable
-    numbers = {"_CHUNK": CHUNK, "_BLOCK": 2 * CHUNK, "_WHOLE": CHUNK, "_SPAN": 4 * CHUNK}
-    numbers["_SMALL"] = 8 * CHUNK
+    sizes = {"_CHUNK": 1, "_BLOCK": 2, "_WHOLE": 1, "_SPAN": 4, "_SMALL": 8}  # in chunks
+    numbers = {name: count * CHUNK for name, count in sizes.items()}
     for name, number in {**numbers, "_GRACE": 0.0, "_USE_GRAIN": 0.0}.items():
         assert hasattr(s3c, name), name
         setattr(s3c, name, number)
