@@ -1073,14 +1073,15 @@ def _judge(answer: _Answer, sent: bool, same: bool, asked: int) -> str:
     - "whole": the body is the object and fits in memory;
     - "parts": a strong ETag pins further ranges;
     - "stream": one long body, by Content-Length, chunks or the end of the connection;
-    - "again": ask without range and conditions (416 of an empty object, a part nothing can pin).
+    - "again": ask without range and conditions (416 of an empty object, a part nothing can pin,
+      a server that mistakes a condition).
     """
     if answer.status == 304:
         if not sent:
             raise TransferError("Malformed answer: 304 to an unconditional request", status=304)
         return "unchanged"
-    # An empty object has no byte 0; any other 416 shows itself when asked again.
-    if answer.status == 416:
+    # An empty object has no byte 0; whatever else this means shows itself when asked again.
+    if answer.status in (412, 416):
         return "again"
     if same:
         return "unchanged"

@@ -485,11 +485,14 @@ def test_an_empty_file_behind_a_url(bare: bool, server: Server, publish: Publish
     assert get(uri).status == "revalidated"
 
 
-def test_a_server_that_always_says_416_is_an_error(server: Server, fetch: Get, cache: Path) -> None:
-    server.always(416, code="InvalidRange")
+@pytest.mark.parametrize("status", [412, 416])
+def test_a_server_that_always_refuses_the_question_is_an_error(
+    server: Server, fetch: Get, cache: Path, status: int
+) -> None:
+    server.always(status, code="InvalidRange")
     with pytest.raises(s3c.S3CacheError) as caught:
         fetch(f"s3://{BUCKET}/a")
-    assert caught.value.status == 416
+    assert caught.value.status == status
     assert (entries(cache), len(server.seen)) == ([], 2)
 
 

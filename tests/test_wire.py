@@ -264,6 +264,7 @@ JUDGED: list[tuple[str, int, dict[str, str], dict[str, Any], str]] = [
     ("nothing known", 200, {}, {}, "stream"),
     ("no such range", 416, {"content_range": "bytes */0"}, {}, "again"),
     ("no such range, bare", 416, {}, {}, "again"),
+    ("condition not met", 412, {"content_length": "100"}, {"sent": True}, "again"),
 ]
 
 
