@@ -1070,9 +1070,9 @@ def _judge(answer: _Answer, sent: bool, same: bool, asked: int) -> str:
     one we hold, ``asked`` how many bytes the range spanned. Returns
 
     - "unchanged": 304 to a condition of ours, or the very ETag that we hold;
-    - "whole": the body is the object and fits in memory;
+    - "small": the body is the object, and comes into memory;
+    - "stream": one body to disk: of medium size, or the only way to have it;
     - "parts": a strong ETag pins further ranges;
-    - "stream": one long body, by Content-Length, chunks or the end of the connection;
     - "again": ask without range and conditions (416 of an empty object, a part nothing can pin,
       a server that mistakes a condition).
     """
@@ -1087,8 +1087,8 @@ def _judge(answer: _Answer, sent: bool, same: bool, asked: int) -> str:
         return "unchanged"
     if answer.status == 206 and (answer.start, answer.stop) != (0, min(asked, answer.total or 0)):
         raise TransferError("Malformed answer: not the range that was asked for")
-    if answer.whole and answer.total is not None and answer.total <= asked:
-        return "whole"
+    if answer.whole and answer.total is not None and answer.total <= _SMALL:
+        return "small" if answer.total <= _WHOLE else "stream"
     if _is_strong(answer.etag) and answer.total is not None:
         return "parts"
     return "again" if answer.status == 206 else "stream"
@@ -1972,6 +1972,14 @@ class _Patience:
         if self.switch:
             self.switch.check()
 
+    def insist(self, act: Callable[[], T]) -> T:
+        """Act until it succeeds, or patience ends."""
+        while True:
+            try:
+                return act()
+            except TransferError as error:
+                self.after(error)
+
 
 # ==== 6 Sources ===================================================================================
 # Three senders and a file behind one ``read(ask) -> _Answer``. 200, 206, 304, 412 and 416 are
@@ -2476,15 +2484,12 @@ class _Access:
 
     def sources(self, target: _Target, version: str | None) -> Iterator[_Source]:
         """Yield the sources to try: the next one is for a caller that was refused."""
-        if target.kind != "s3":
-            yield _HTTP(target.text, self.env) if target.kind == "http" else _File(target.text)
+        if target.kind == "http":
+            yield _HTTP(target.text, self.env)
             return
-        bucket, key = target.bucket, target.key
-        if self.client is not None or self.anonymous is False:
-            client = _own_client(True, self.env.endpoint) if self.client is None else self.client
-            yield _Signed(client, bucket, key, version)
-            return
-        client = _own_client(False, self.env.endpoint) if self.signs(bucket) else None
+        bucket, key, client = target.bucket, target.key, self.client
+        if client is None and self.signs(bucket):
+            client = _own_client(self.anonymous is False, self.env.endpoint)
         if client is None:
             yield _Unsigned(bucket, key, version, self.env)
             client = None if self.anonymous else _own_client(False, self.env.endpoint)
@@ -2521,7 +2526,7 @@ class _RangeIgnored(Exception):
 class _Sink:
     """Where a body goes: ``at`` is the position that a resumed transfer goes on from."""
 
-    def __init__(self, at: int, progress: Callable[[int], object] | None) -> None:
+    def __init__(self, at: int, progress: Callable[[int], object]) -> None:
         self.at, self.progress = at, progress
 
     def room(self, stop: int | None) -> memoryview:
@@ -2531,20 +2536,18 @@ class _Sink:
     def took(self, size: int) -> None:
         """Take note of bytes read into the room."""
         self.at += size
-        if self.progress:
-            self.progress(size)
+        self.progress(size)
 
     def rewind(self) -> None:
         """Forget everything: the object comes again from its first byte."""
-        if self.progress:
-            self.progress(-self.at)
+        self.progress(-self.at)
         self.at = 0
 
 
 class _Bytes(_Sink):
     """A body of known size in memory."""
 
-    def __init__(self, size: int, progress: Callable[[int], object] | None = None) -> None:
+    def __init__(self, size: int, progress: Callable[[int], object] = int) -> None:
         super().__init__(0, progress)
         self.data = bytearray(size)
         self.view = memoryview(self.data)
@@ -2567,7 +2570,7 @@ class _Chunks(_Sink):
         self,
         file: _ChunkFile,
         at: int,
-        progress: Callable[[int], object] | None,
+        progress: Callable[[int], object],
         buffer: memoryview | None = None,
     ) -> None:
         super().__init__(at, progress)
@@ -2609,20 +2612,15 @@ class _Chunks(_Sink):
 
 
 def _resume(
-    source: _Source, sink: _Sink, stop: int, etag: str, total: int, patience: _Patience
+    source: _Source, sink: _Sink, stop: int, etag: str, total: int | None, patience: _Patience
 ) -> _Answer:
     """Ask for the bytes from sink.at to stop of one version of an object.
 
     Status, ETag and Content-Range are checked before a byte is used: servers ignore If-Match and
     Range, and boto3 itself then writes a wrong file (faults seen in the wild).
     """
-    while True:
-        try:
-            ask = _Ask(sink.at, stop, if_match=etag, switch=patience.switch)
-            answer = source.read(ask)
-            break
-        except TransferError as error:
-            patience.after(error)
+    ask = _Ask(sink.at, stop, if_match=etag, switch=patience.switch)
+    answer = patience.insist(partial(source.read, ask))
     if answer.status == 206 and answer.etag == etag:
         if (answer.start, answer.stop, answer.total) == (sink.at, stop, total):
             return answer
@@ -2636,14 +2634,12 @@ def _resume(
     raise _Changed
 
 
-def _pull(
-    source: _Source, answer: _Answer, sink: _Sink, stop: int, total: int, patience: _Patience
-) -> None:
+def _pull(source: _Source, answer: _Answer, sink: _Sink, stop: int, patience: _Patience) -> None:
     """Read an answer into the sink up to stop; where it breaks, go on from there.
 
     Only a strong ETag tells that the rest is of the same object: without one the error is raised.
     """
-    etag, best = answer.etag, sink.at
+    etag, total, best = answer.etag, answer.total, sink.at
     while True:
         try:
             while sink.at < stop:
@@ -3919,7 +3915,7 @@ def _collect(source: _Source, answer: _Answer, limit: int, patience: _Patience) 
         answer.body.close()
         raise _too_large(source, limit)
     sink = _Bytes(answer.total)
-    _pull(source, answer, sink, answer.total, answer.total, patience)
+    _pull(source, answer, sink, answer.total, patience)
     return sink.data
 
 
@@ -4032,10 +4028,9 @@ def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
 
 
 def _load_json(target: _Target, access: _Access) -> dict[str, Any]:
-    if target.kind != "local":
-        _import_early()
-        if _is_offline():
-            return _cached_json(target, access)
+    _import_early()
+    if _is_offline():
+        return _cached_json(target, access)
     return access.attempt(target, None, _read_json)
 
 
@@ -4321,14 +4316,12 @@ class _Bar(_Meter):
             sys.stderr.write("\n")
 
 
-def _meter(progress: Progress) -> _Meter | None:
-    if not progress:
-        return None
+def _meter(progress: Progress) -> _Meter:
     if progress is True:
         return _Bar()
-    if not callable(progress):
+    if progress and not callable(progress):
         raise TypeError("progress must be True or callable")
-    return progress if isinstance(progress, _Meter) else _Meter(progress)
+    return _Meter(progress or int)  # int(size): nothing happens
 
 
 class _Options:
@@ -4361,7 +4354,7 @@ class _Options:
         self.max_age, self.stale_if_error = max_age, stale_if_error
         self.offline = _is_offline(offline)
         self.version = version_id
-        self.meter: _Meter | None = None
+        self.meter = _meter(None)
         self.switch: _Stop | None = None
 
     def under(self, switch: _Stop) -> _Options:
@@ -4388,23 +4381,17 @@ class _Seat:
 
 _FLIGHTS: dict[tuple[str, str], _Seat] = {}
 _FLIGHTS_LOCK = threading.Lock()
-_LANDED = [0] * 256  # by shard: another number after each flight
-
-
-def _landed(ident: str) -> int:
-    return _LANDED[int(ident[:2], 16)]
+_LANDED: dict[str, int] = {}  # shard -> another number after each flight
 
 
 class _Flight:
     """Lets one thread of this process at a time fetch an object; the thread may enter twice."""
 
     def __init__(self, store: _Store, ident: str, switch: _Stop | None) -> None:
-        self._key, self._switch, self.waited = (store.root, ident), switch, False
+        self._key, self._switch = (store.root, ident), switch
 
     def acquire(self, blocking: bool = True) -> bool:
         me = threading.get_ident()
-        if blocking:
-            _TURN.leave()
         with _FLIGHTS_LOCK:
             self._seat = seat = _FLIGHTS.get(self._key) or _Seat()
             if seat.owner not in (0, me):
@@ -4415,6 +4402,7 @@ class _Flight:
         return True
 
     def _wait(self, seat: _Seat, me: int) -> None:
+        _TURN.leave()
         seat.changed = seat.changed or threading.Condition(_FLIGHTS_LOCK)
         seat.waiting += 1
         try:
@@ -4441,16 +4429,13 @@ class _Flight:
         if seat.depth > 1:
             seat.depth -= 1
             return
-        _LANDED[int(self._key[1][:2], 16)] = next(_SERIAL)
+        _LANDED[self._key[1][:2]] = next(_SERIAL)
         seat.depth, seat.owner = 0, 0  # without the lock: a Ctrl-C there must leave nobody waiting
         with _FLIGHTS_LOCK:
             self._pass_on(seat)
 
-    def __enter__(self) -> _Flight:
-        self.waited = not self.acquire(blocking=False)
-        if self.waited:
-            self.acquire()
-        return self
+    def __enter__(self) -> None:
+        self.acquire()
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -4669,7 +4654,7 @@ class _Download:
                 answer.body.close()
                 raise _RangeIgnored
             answered = time.monotonic()
-        _pull(self.source, answer, sink, stop, self.total, patience)
+        _pull(self.source, answer, sink, stop, patience)
         if answered > asked:
             self.learn(stop - start, asked, answered)
         _QUOTA.give()
@@ -4773,7 +4758,7 @@ class _Look:
 
     def __init__(self, source: _Source, opt: _Options) -> None:
         self.ident, self.place_id = _ident(source.place_id), (source.signed, source.place_id)
-        self.key, self.landed = (opt.store.root, self.ident), _landed(self.ident)
+        self.key, self.landed = (opt.store.root, self.ident), _LANDED.get(self.ident[:2])
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
         every = source.signed or opt.access.anonymous is not True
@@ -4784,9 +4769,9 @@ class _Look:
         self.begun: _Exchange | None = None  # its answer is still to be read
         self.newest: _Entry | None = None  # it was asked on the condition that we do not hold this
 
-    def is_old(self, flight: _Flight) -> bool:
+    def is_old(self) -> bool:
         """Tell whether another thread may have fetched the object since we looked."""
-        return flight.waited or self.landed != _landed(self.ident)
+        return self.landed != _LANDED.get(self.ident[:2])
 
     def first_ask(self, newest: _Entry | None, opt: _Options) -> _Ask:
         """Return what to ask for first: a range, unless the object is still what we hold."""
@@ -4847,7 +4832,7 @@ class _Fetch:
 
     def __init__(self, source: _Source, opt: _Options, look: _Look) -> None:
         self.source, self.opt, self.store, self.ident = source, opt, opt.store, look.ident
-        self.tally = _Tally(opt.meter) if opt.meter else None
+        self.tally = _Tally(opt.meter)
         self.patience = _Patience(opt.switch)
         self.plain = False  # ask without range and conditions
         self.doubted = False  # bytes were not as promised: use nothing of that try
@@ -4876,8 +4861,7 @@ class _Fetch:
             except TransferError as error:
                 error.uri = error.uri or self.source.uri
                 self.patience.after(error)
-            if self.tally:
-                self.tally.undo()
+            self.tally.undo()
 
     def _once(self, held: list[_Entry]) -> LocalizedResource | None:
         """Ask once and do what the answer says; None if what we held is gone."""
@@ -4892,12 +4876,11 @@ class _Fetch:
                 entry = same or newest
                 kept = entry is not None and self.store.confirm(entry.path)
                 return _held(self.source, entry, "revalidated") if entry and kept else None
-            if verdict == "again" and self.plain:
-                status = answer.status
-                raise TransferError("The server refuses to send the object", status=status)
-            if verdict == "again":
+            if verdict != "again":
+                return self._bring(verdict, answer)
+            if not self.plain:
                 raise _RangeIgnored
-            return self._bring(verdict, answer)
+            raise TransferError("The server refuses to send the object", status=answer.status)
         finally:
             answer.body.close()
 
@@ -4908,17 +4891,17 @@ class _Fetch:
 
     def _bring(self, verdict: str, answer: _Answer) -> LocalizedResource:
         """Bring an object in the way that fits it."""
-        status, size = "downloaded", answer.total
-        if self.tally and size is not None:
-            self.tally.expect(size)
-        if size is None or size > _WHOLE:
-            _TURN.leave()
-        if verdict == "parts" and not (answer.whole and (size or 0) <= _SMALL):
-            path, shared = self._large(answer)
-            status = "revalidated" if shared else status
+        status = "downloaded"
+        self.tally.expect(answer.total or 0)
+        if verdict == "small":
+            path = self._small(answer)
         else:
-            fits = size is not None and size <= _WHOLE
-            path = self._small(answer, size or 0) if fits else self._stream(answer)
+            _TURN.leave()
+            if verdict == "stream":
+                path = self._stream(answer)
+            else:
+                path, shared = self._large(answer)
+                status = "revalidated" if shared else status
         _QUOTA.give()
         entry = _Entry(*os.path.split(path))
         _log(_INFO, "%s %s: %d bytes", status, self.source.uri, entry.size)
@@ -4929,10 +4912,11 @@ class _Fetch:
             self.ident, self.source.signed, validator, size, crc, self.source.name
         )
 
-    def _small(self, answer: _Answer, size: int) -> str:
+    def _small(self, answer: _Answer) -> str:
         """Keep a small object in memory until it is whole and checked, then write it at once."""
+        size = answer.total or 0
         sink = _Bytes(size, self.tally)
-        _pull(self.source, answer, sink, size, size, self.patience)
+        _pull(self.source, answer, sink, size, self.patience)
         _check_bytes(self.source, answer, sink.data)
         validator = _validator(answer)
         if not validator:
@@ -4954,7 +4938,7 @@ class _Fetch:
             if total is None:
                 _pull_to_end(answer, sink)
             else:
-                _pull(self.source, answer, sink, total, total, self.patience)
+                _pull(self.source, answer, sink, total, self.patience)
             for name, promised in digests:
                 if file.digest(name) != promised:
                     raise _mismatch(self.source, name)
@@ -5011,8 +4995,7 @@ class _Fetch:
             _log(_INFO, "downloading %s: %d bytes, %d found", source.uri, total, copied)
             for name, promised in _digests(source, answer):
                 hashes.append((_Behind(file, name), promised, name))
-            count = self.tally or (lambda _: None)
-            entry = _Download(source, answer, file, self.opt, first, count).run(found)
+            entry = _Download(source, answer, file, self.opt, first, self.tally).run(found)
             if entry:
                 if not self.store.confirm(entry.path):
                     raise _Changed  # gone again, and our own file is unfinished
@@ -5062,13 +5045,7 @@ def _list_all(source: _S3, prefix: str, switch: _Stop | None) -> list[_Key]:
     while True:
         if switch:
             switch.check()
-        patience = _Patience(switch)
-        while True:
-            try:
-                keys, token = source.list_page(prefix, token)
-                break
-            except TransferError as error:
-                patience.after(error)
+        keys, token = _Patience(switch).insist(partial(source.list_page, prefix, token))
         if not all(key.key.startswith(prefix) for key in keys):
             raise TransferError("The listing names keys of elsewhere", uri=source.uri)
         found += [key for key in keys if not (key.key.endswith("/") and key.size == 0)]
@@ -5182,9 +5159,10 @@ class _Batch:
             self._threads += count
             return count
 
-    def _take(self) -> list[Any]:
+    def _take(self) -> Any:
+        """Return the next item; None, which no item is, if there is none."""
         with self._reading:
-            return list(itertools.islice(self._items, 1))
+            return next(self._items, None)
 
     def _room(self, change: int) -> bool:
         """Count what is begun ahead; False if there is no room for more."""
@@ -5203,10 +5181,10 @@ class _Batch:
             if not (self._quick and self._room(1)):
                 return
             item = self._take()
-            if not item:
+            if item is None:
                 self._room(-1)
                 return
-            self._begun.append((item[0], _quietly(self._look, item[0], opt)))
+            self._begun.append((item, _quietly(self._look, item, opt)))
             self._quick = time.monotonic() - since < _AHEAD_WITHIN
 
     def _next(self) -> tuple[Any, _Look | None] | None:
@@ -5214,7 +5192,7 @@ class _Batch:
             begun = self._begun.pop(0)
         except IndexError:
             item = self._take()
-            return (item[0], None) if item else None
+            return None if item is None else (item, None)
         self._room(-1)
         return begun
 
@@ -5411,8 +5389,8 @@ class _Tree:
             entry = self.entry(key, look)
             if entry:
                 return entry.path
-            with _Flight(self.store, look.ident, opt.switch) as flight:
-                if look.is_old(flight):  # what another tree fetches is seen
+            with _Flight(self.store, look.ident, opt.switch):
+                if look.is_old():  # what another tree fetches is seen
                     look.held = self.store.find(look.ident, source.signed)
                     entry = self.entry(key, look)
                     if entry:
@@ -5473,8 +5451,8 @@ def _cached(source: _Source, opt: _Options, look: _Look | None) -> LocalizedReso
     try:
         if held:
             return _Fetch(source, opt, look).run(held)
-        with _Flight(store, ident, opt.switch) as flight:
-            old = look.is_old(flight)
+        with _Flight(store, ident, opt.switch):
+            old = look.is_old()
             if store.recently_partial() and store.pulse(ident):
                 lock, old = _Lock(store, ident), True
                 try:
@@ -5654,8 +5632,7 @@ def get_local_path_for_resource(
     try:
         return _localize(_text(uri_or_path), opt)
     finally:
-        if opt.meter and opt.meter is not progress:
-            opt.meter.close()
+        opt.meter.close()
 
 
 def _task(uri: str, options: dict[str, Any], collect: bool) -> LocalizedResource | Exception:
@@ -5668,16 +5645,15 @@ def _task(uri: str, options: dict[str, Any], collect: bool) -> LocalizedResource
         return error
 
 
-def _unique(uris: Iterable[StrPath], order: list[int]) -> Iterator[tuple[int, str]]:
-    """Yield (index, URI) of each URI that is new, and note in order which one each was."""
-    seen: dict[str, int] = {}
+def _unique(uris: Iterable[StrPath], order: list[str]) -> Iterator[str]:
+    """Yield each URI that is new, and note in order what was asked for."""
+    seen: dict[str, str] = {}
     for uri in uris:
         text = _text(uri)
-        new = len(seen)
-        index = seen.setdefault(text, new)
-        order.append(index)
-        if index == new:
-            yield index, text
+        new = text not in seen
+        order.append(seen.setdefault(text, text))  # one string for all that are equal
+        if new:
+            yield text
 
 
 def _sendable(options: dict[str, Any], executor: Executor) -> None:
@@ -5750,41 +5726,37 @@ def get_local_paths_for_resources(
         raise ValueError("max_workers must be at least 1")
     if isinstance(uris, (str, bytes, os.PathLike)):
         raise TypeError("expected an iterable of URIs, not one: use get_local_path_for_resource")
-    order: list[int] = []
-    results: dict[int, Any] = {}
+    order: list[str] = []
+    results: dict[str, Any] = {}
     meter = opt.meter = _meter(progress)
     work = _unique(uris, order)
     try:
         if executor is None:
 
-            def look_at(item: tuple[int, str], inner: _Options) -> _Look | None:
-                return _look_at(item[1], inner)
-
-            def act(item: tuple[int, str], inner: _Options, look: _Look | None) -> None:
+            def act(text: str, inner: _Options, look: _Look | None) -> None:
                 try:
-                    results[item[0]] = _localize(item[1], inner, look)
+                    results[text] = _localize(text, inner, look)
                 except Exception as error:
                     if not return_exceptions or (inner.switch and inner.switch.event.is_set()):
                         raise
-                    results[item[0]] = error
+                    results[text] = error
 
             # A list can be looked ahead of; a generator may take its time with the next one.
             ready = hasattr(uris, "__len__")
-            _Batch(act, work, opt, max_workers or 0, look_at if ready else None).run()
+            _Batch(act, work, opt, max_workers or 0, _look_at if ready else None).run()
         else:
             _sendable(options, executor)
             if options.get("cache_dir") and not os.fspath(options["cache_dir"]).startswith("~"):
                 options["cache_dir"] = opt.store.cache_dir  # a worker may stand elsewhere
-            texts = [text for _, text in work]
+            texts = list(work)
             task = partial(_task, options=options, collect=return_exceptions)
-            for index, result in enumerate(executor.map(task, texts)):
-                results[index] = result
-                if meter and isinstance(result, LocalizedResource) and not result.from_cache:
+            for text, result in zip(texts, executor.map(task, texts)):
+                results[text] = result
+                if isinstance(result, LocalizedResource) and not result.from_cache:
                     meter(result.size or 0)
     finally:
-        if meter and meter is not progress:
-            meter.close()
-    return [results[index] for index in order]
+        meter.close()
+    return [results[text] for text in order]
 
 
 def _remove_own(path: str, pid: int) -> None:
