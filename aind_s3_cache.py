@@ -193,7 +193,7 @@ if TYPE_CHECKING:
 
 
 # ==== 1 Defaults ==================================================================================
-# Every number of the module, each with its reason; read at call time, so tests can shrink them.
+# The numbers that decide something, each with its reason; read at call time: tests shrink them.
 
 _MiB = 1 << 20
 _CHUNK = 256 << 10  # checked, logged and found again
@@ -981,7 +981,7 @@ def _parse_error(body: bytes) -> dict[str, str]:
     """Return Code, Message and Region of an S3 error body; empty if it is not one."""
     try:
         found = _parse_xml(body, frozenset(("Code", "Message", "Region")))
-    except (ValueError, LookupError):
+    except ValueError:
         return {}
     return dict(found[1:]) if found and found[0][0] == "Error" else {}
 
@@ -1005,11 +1005,11 @@ def _parse_listing(body: bytes) -> tuple[list[_Key], str | None]:
     """
     from urllib.parse import unquote_plus
 
-    wanted = "Key ETag Size Contents EncodingType IsTruncated NextContinuationToken Prefix"
+    wanted = "Key ETag Size Contents EncodingType IsTruncated NextContinuationToken"
     found = _parse_xml(body, frozenset(wanted.split()))
     if not found or found[0][0] != "ListBucketResult":
         raise ValueError("not a listing")
-    once = {name: text for name, text in found if name not in ("Key", "ETag", "Size", "Contents")}
+    once = dict(found)
     # A server that ignores encoding-type=url says so by leaving the element out.
     decode = unquote_plus if once.get("EncodingType") == "url" else str
     keys: list[_Key] = []
@@ -1279,7 +1279,6 @@ class _Connection:
         "data",
         "idle_since",
         "key",
-        "reused",
         "slow_bytes",
         "slow_since",
         "sock",
@@ -1288,7 +1287,7 @@ class _Connection:
     )
 
     def __init__(self, sock: Socket, key: tuple[Any, ...]) -> None:
-        self.sock, self.key, self.data, self.reused = sock, key, b"", False
+        self.sock, self.key, self.data = sock, key, b""
         self.idle_since = self.slow_since = time.monotonic()
         self.slow_bytes = 0
         self.switch: _Stop | None = None
@@ -1395,13 +1394,8 @@ class _Pool:
         self._lock = threading.Lock()
         self._idle: list[_Connection] = []
         self._all: set[_Connection] = set()
-        self._closes_at_exit = False
 
     def add(self, connection: _Connection) -> None:
-        if not self._closes_at_exit:
-            # Else `python -X dev` complains at exit about every socket that we kept.
-            atexit.register(self.clear)
-            self._closes_at_exit = True
         self._all.add(connection)
 
     def forget(self, connection: _Connection) -> None:
@@ -1423,7 +1417,7 @@ class _Pool:
         return found
 
     def give(self, connection: _Connection) -> None:
-        connection.idle_since, connection.reused = time.monotonic(), True
+        connection.idle_since = time.monotonic()
         with self._lock:
             self._idle.append(connection)
             old = self._idle[0].idle_since < connection.idle_since - _IDLE_SECONDS
@@ -1446,6 +1440,7 @@ class _Pool:
 
 
 _POOL = _Pool()
+atexit.register(_POOL.clear)  # else `python -X dev` complains of every socket that we kept
 
 
 def _first_env(*names: str) -> str:
@@ -1661,9 +1656,8 @@ class _Body:
 
     def close(self) -> None:
         """Leave the body; what was not read takes its connection with it."""
-        connection, self.connection = self.connection, None
-        if connection:
-            connection.close()
+        self.keep = False
+        self._end()
 
     def _next_chunk(self, connection: _Connection) -> int:
         """Read a chunk's size line, and after the last chunk the trailers (RFC 9112, 7.1)."""
@@ -1997,8 +1991,6 @@ class _Ask:
         "if_modified_since",
         "if_none_match",
         "span",
-        "start",
-        "stop",
         "switch",
     )
 
@@ -2012,7 +2004,7 @@ class _Ask:
         if_modified_since: str | None = None,
         switch: _Stop | None = None,
     ) -> None:
-        self.start, self.stop, self.switch = start, stop, switch
+        self.switch = switch
         self.span = None if start is None else f"bytes={start}-{'' if stop is None else stop - 1}"
         self.if_match, self.if_none_match = if_match, if_none_match
         self.if_modified_since = if_modified_since
@@ -2038,7 +2030,6 @@ class _Source:
     signed = False  # what it brings must stay private
     uri = ""
     name = ""  # the object's own name, to be cleaned before it names a file
-    bucket = ""
     version: str | None = None
     place_id: tuple[str, ...] = ()  # everything that makes it this object and no other
 
@@ -2278,16 +2269,6 @@ class _Stream:
             self._body.close()
 
 
-class _Nothing:
-    """The body of an answer that has none."""
-
-    def readinto(self, _: memoryview) -> int:
-        return 0
-
-    def close(self) -> None:
-        pass
-
-
 class _Signed(_S3):
     """S3 through a boto3 client: it signs and sends, everything else stays ours."""
 
@@ -2351,7 +2332,9 @@ class _Signed(_S3):
             )
         except S3CacheError as error:
             if error.status in (304, 412, 416):
-                return _Answer(error.status, {}, _Nothing())
+                from io import BytesIO
+
+                return _Answer(error.status, {}, BytesIO())
             raise
         meta = got.get("ResponseMetadata", {})
         headers = {k.lower(): str(v) for k, v in meta.get("HTTPHeaders", {}).items()}
@@ -2859,9 +2842,9 @@ class _Entry:
 
     __slots__ = ("crc", "held", "name", "path", "private", "size", "stamp", "tail", "validator")
 
-    def __init__(self, directory: str, name: str) -> None:
-        _, access, size, crc, self.tail = name.split("_", 4)
-        self.path, self.name = directory + os.sep + name, name
+    def __init__(self, path: str) -> None:
+        self.path, self.name = path, os.path.basename(path)
+        _, access, size, crc, self.tail = self.name.split("_", 4)
         self.private, self.validator = access[0] == "p", access[1:]
         self.size, self.crc = int(size, 16), crc
         self.stamp, self.held = 0.0, -1
@@ -2890,13 +2873,13 @@ class _Entry:
         return self.held == self.size
 
 
-def _parse_entry(directory: str, name: str) -> _Entry | None:
-    """Return the entry of this name, None if it is none of ours."""
-    # Cheap tests first: a shard may hold thousands of names.
+def _parse_entry(path: str) -> _Entry | None:
+    """Return the entry at a path, None if its name is none of ours."""
+    name = os.path.basename(path)
     if len(name) < 32 or name[20:21] != "_" or name[0] == ".":
         return None
     try:
-        return _Entry(directory, name)
+        return _Entry(path)
     except (ValueError, IndexError):
         return None
 
@@ -2946,7 +2929,7 @@ def _publish(temporary: str, final: str) -> str:
     try:
         _rename(temporary, final)
     except FileNotFoundError:
-        if not _Entry(*os.path.split(final)).check():
+        if not _Entry(final).check():
             raise _Changed from None
     return final
 
@@ -3032,7 +3015,7 @@ class _Store:
         below = self.root + os.sep
         self.objects, self.partial = below + "objects", below + "partial"
         self.trees, self.locks = below + "trees", below + "locks"
-        self._found = False  # looked at once for each call
+        self._found = False  # looked at once for each store, and so for each call
         self._looked, self._recent = -1.0, False
 
     def exists(self) -> bool:
@@ -3110,7 +3093,8 @@ class _Store:
             names = os.listdir(directory)
         except OSError:
             return []
-        entries = [_parse_entry(directory, name) for name in names if name.startswith(ident)]
+        paths = [directory + os.sep + name for name in names if name.startswith(ident)]
+        entries = map(_parse_entry, paths)
         good = [e for e in entries if e and (private or not e.private) and e.check()]
         return sorted(good, key=lambda e: self.validated(e), reverse=True) if good[1:] else good
 
@@ -3200,7 +3184,7 @@ class _Store:
 
 
 class _Lock:
-    """A best-effort lock between processes. Broken, hanging or missing locks count as taken."""
+    """A best-effort lock between processes. A broken, hanging or missing one keeps nobody out."""
 
     def __init__(self, store: _Store, ident: str) -> None:
         self._path = os.path.join(store.locks, ident[:3])
@@ -3210,17 +3194,16 @@ class _Lock:
     def acquire(self) -> bool:
         """Try once. False only if a peer surely holds it."""
         verdict: list[bool] = []
-        done = threading.Event()
-        # In a thread, since even LOCK_NB may hang on NFS; whoever hangs there hangs alone.
-        worker = threading.Thread(target=self._try, args=(verdict, done), daemon=True)
+        # On NFS even a non-blocking flock may hang (cargo#2615); whoever hangs there hangs alone.
+        worker = threading.Thread(target=self._try, args=(verdict,), daemon=True)
         try:
             worker.start()
+            worker.join(2.0)
         except RuntimeError:  # the interpreter is going down
             return True
-        done.wait(2.0)  # on NFS even a non-blocking flock may hang (cargo#2615)
         return verdict[0] if verdict else True
 
-    def _try(self, verdict: list[bool], done: threading.Event) -> None:
+    def _try(self, verdict: list[bool]) -> None:
         try:
             with _IMPORTS:
                 import fcntl
@@ -3246,8 +3229,6 @@ class _Lock:
             verdict.append(False)
         except (OSError, ImportError, S3CacheError):
             verdict.append(True)
-        finally:
-            done.set()
 
     def release(self) -> None:
         with self._guard:
@@ -3639,7 +3620,7 @@ def _is_ours(name: str) -> bool:
     """Tell whether a name in a shard is one that we give."""
     if name[:2] == ".t":
         return True
-    return _parse_entry("", name[2:] if name[:2] in (".u", ".v") else name) is not None
+    return _parse_entry(name[2:] if name[:2] in (".u", ".v") else name) is not None
 
 
 def _is_tree(path: str) -> bool:
@@ -3703,7 +3684,7 @@ class _Keeper:
         # Private and public copies of an object are versions of their own.
         found: dict[str, list[tuple[float, _Entry]]] = {}
         for path in _list(shard):
-            entry = _parse_entry(*os.path.split(path))
+            entry = _parse_entry(path)
             if entry and (entry.check() or entry.held >= 0):
                 group = found.setdefault(entry.name[:21] + ("p" if entry.private else "o"), [])
                 group.append((self.store.validated(entry), entry))
@@ -3810,7 +3791,7 @@ class _Keeper:
         bad = []
         for unit in self.units():
             if unit.entry.kind == "object":
-                entry = _Entry(*os.path.split(unit.entry.path))
+                entry = _Entry(unit.entry.path)
                 try:
                     good = entry.check() and _checksum_of_file(entry.path) == entry.crc
                 except FileNotFoundError:
@@ -4190,7 +4171,7 @@ class LocalizedResource(_Record):
     path : pathlib.Path
         Absolute. Its content never changes: a new version of the object gets a new path.
     from_cache : bool
-        True if nothing was downloaded.
+        True if nothing was downloaded; False for local paths.
     source : str
         ``"s3"``, ``"http"`` or ``"local"``.
     status : str
@@ -4603,12 +4584,12 @@ class _Download:
         self.source, self.file, self.opt, self.progress = source, file, opt, progress
         self.etag, self.total = answer.etag, answer.total
         self.first: _Answer | None = answer if first else None
-        self.single = first and answer.status == 200
         self.switch = _Stop(opt.switch)
         if first:
             self.switch.hold(answer.body)
         self.received, self.least = 0, _SPAN_FAR
-        self.limit = 1 if self.single or self.total <= opt.threshold else opt.max_concurrency
+        single = (first and answer.status == 200) or self.total <= opt.threshold
+        self.limit = 1 if single else opt.max_concurrency
 
     def span(self) -> int:
         """Return how much the next range should ask for: less towards the end, which all reach."""
@@ -4696,16 +4677,11 @@ class _Download:
             if not entry:
                 raise
         finally:
-            self.close()
+            if self.opt.switch:
+                self.opt.switch.drop(self.switch)
         if not entry and not self.file.whole:
             raise IntegrityError("A part of the object is missing", uri=self.source.uri)
         return entry
-
-    def close(self) -> None:
-        if self.first:
-            self.first.body.close()
-        if self.opt.switch:
-            self.opt.switch.drop(self.switch)
 
 
 def _is_same(entry: _Entry, answer: _Answer) -> bool:
@@ -4872,7 +4848,6 @@ class _Fetch:
             sent = newest is not None and newest.validator[0] != "n"
             verdict = _judge(answer, sent, same is not None, self.opt.asked)
             if verdict == "unchanged":
-                answer.body.close()
                 entry = same or newest
                 kept = entry is not None and self.store.confirm(entry.path)
                 return _held(self.source, entry, "revalidated") if entry and kept else None
@@ -4903,7 +4878,7 @@ class _Fetch:
                 path, shared = self._large(answer)
                 status = "revalidated" if shared else status
         _QUOTA.give()
-        entry = _Entry(*os.path.split(path))
+        entry = _Entry(path)
         _log(_INFO, "%s %s: %d bytes", status, self.source.uri, entry.size)
         return _held(self.source, entry, status)
 
@@ -5604,7 +5579,7 @@ def get_local_path_for_resource(
     TransferError
         The network or the server failed through all retries (8, or 60 s without progress).
     IntegrityError
-        The bytes are not what was promised, or the object kept changing, twice.
+        The bytes are not what was promised, twice; or the object changed four times meanwhile.
     OfflineError
         Offline and not cached.
     CacheError
