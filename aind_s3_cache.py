@@ -457,7 +457,8 @@ _DEBUG, _INFO, _WARNING = 10, 20, 30
 # ==== 3 URIs ======================================================================================
 # Text in, text out: no disk, no network. S3 keys are exact: "?", "#", "%", "//" are part of them.
 
-_BUCKET = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_")
+# What buckets, queries and file names of every system can hold.
+_WORD = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_")
 _S3_FORM = "expected s3://bucket/key"
 
 
@@ -499,9 +500,9 @@ def _file_path(uri: str) -> str:
 def _split_http(url: str) -> tuple[str, str, str, str]:
     """Return (scheme and ``://``, authority, path, the rest from ``?`` or ``#`` on)."""
     head, sep, rest = url.partition("://")
-    end = min((at for at in map(rest.find, "/?#") if at >= 0), default=len(rest))
     cut = min((at for at in map(rest.find, "?#") if at >= 0), default=len(rest))
-    return head + sep, rest[:end], rest[end:cut], rest[cut:]
+    authority, slash, path = rest[:cut].partition("/")
+    return head + sep, authority, slash + path, rest[cut:]
 
 
 def parse_s3_uri(s3_uri: str) -> tuple[str, str]:
@@ -528,7 +529,7 @@ def parse_s3_uri(s3_uri: str) -> tuple[str, str]:
     if _scheme(text) != "s3":
         raise ValueError(f"Not a valid S3 URI: {_redact(text)!r} ({_S3_FORM})")
     bucket, _, key = text[5:].partition("/")
-    if not 1 <= len(bucket) <= 255 or not _BUCKET.issuperset(bucket) or bucket[0] == ".":
+    if not 1 <= len(bucket) <= 255 or not _WORD.issuperset(bucket) or bucket[0] == ".":
         shown = "" if "@" in bucket else f" {_printable(bucket[:80])!r}"
         raise ValueError(f"Not a valid S3 URI: no bucket can be called{shown} ({_S3_FORM})")
     return bucket, key
@@ -677,9 +678,9 @@ def join_any(base: StrPath, *parts: str) -> str:
 # ==== 4 Wire ======================================================================================
 # The protocol as pure functions over small values: nothing here opens a socket or a file.
 
-_UNRESERVED = _BUCKET | frozenset("/~")
+_UNRESERVED = _WORD | frozenset("/~")
 _TARGET = frozenset(map(chr, range(0x21, 0x7F))) - frozenset('"<>\\^`{|}')
-_HOST = _BUCKET | frozenset(":[]")
+_HOST = _WORD | frozenset(":[]")
 _ETAG_BARE = frozenset("0123456789abcdefghijklmnopqrstuvwxyz-")
 _HEX = frozenset("0123456789abcdef")
 
@@ -742,6 +743,9 @@ def _check_key(key: str) -> None:
         raise ValueError(f"Not a valid S3 key: NUL in {key[:80]!r}")
 
 
+_PORTS = {"http": 80, "https": 443}
+
+
 class _Place:
     """Where a request goes: origin, request target, and what to log in as."""
 
@@ -751,10 +755,15 @@ class _Place:
         self.origin, self.target, self.auth = origin, target, auth
 
     @property
+    def address(self) -> str:
+        _, host, port = self.origin
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    @property
     def netloc(self) -> str:
-        scheme, host, port = self.origin
-        shown = f"[{host}]" if ":" in host else host
-        return shown if port == {"http": 80, "https": 443}[scheme] else f"{shown}:{port}"
+        scheme, _, port = self.origin
+        usual = port == _PORTS[scheme]
+        return self.address.rpartition(":")[0] if usual else self.address
 
     def __str__(self) -> str:
         return f"{self.origin[0]}://{self.netloc}{self.target.partition('?')[0]}"
@@ -784,7 +793,7 @@ def _place(url: str) -> _Place:
     name = name.strip("[]")
     try:
         name = name if name.isascii() else name.encode("idna").decode("ascii")
-        number = int(port) if port else {"http": 80, "https": 443}[scheme]
+        number = int(port) if port else _PORTS[scheme]
         target = _quote((path or "/") + rest.partition("#")[0], _TARGET)
     except ValueError:  # UnicodeError is one
         raise bad from None
@@ -1554,9 +1563,8 @@ def _dial(origin: Origin, deadline: float) -> Socket:
 
 def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None:
     """Ask the proxy for a tunnel (RFC 9110, 9.3.6)."""
-    host = f"[{place.origin[1]}]" if ":" in place.origin[1] else place.origin[1]
     login = f"Proxy-Authorization: {proxy.auth}\r\n" if proxy.auth else ""
-    target = f"{host}:{place.origin[2]}"
+    target = place.address
     sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{login}\r\n".encode("latin-1"))
     wire = _Connection(sock, ())
     status, _, _ = _parse_head(wire.until(b"\r\n\r\n", deadline))
@@ -1576,7 +1584,7 @@ def _wire_error(error: Exception, place: _Place) -> S3CacheError:
     if isinstance(error, S3CacheError):
         error.uri = error.uri or str(place)
         return error
-    where = f"{place.origin[1]}:{place.origin[2]}"
+    where = place.address
     number = getattr(error, "errno", None)
     # Ours to solve, not the network's: retrying would only keep the files busy.
     if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
@@ -2198,7 +2206,7 @@ class _Unsigned(_S3):
         raise self._error(status, headers, text, None if text else "PermanentRedirect")
 
     def exchange(self, ask: _Ask) -> _Exchange:
-        query = f"?versionId={_quote(self.version, _BUCKET)}" if self.version else ""
+        query = f"?versionId={_quote(self.version, _WORD)}" if self.version else ""
         fields = ask.fields + "x-amz-checksum-mode: ENABLED\r\n"
         return _Exchange(self._at(self.key, query), self.env, fields, switch=ask.switch)
 
@@ -2206,9 +2214,9 @@ class _Unsigned(_S3):
         return self._answer(*self._settled(lambda: self.exchange(ask), begun))
 
     def list_page(self, prefix: str, token: str | None) -> tuple[list[_Key], str | None]:
-        query = f"?list-type=2&encoding-type=url&prefix={_quote(prefix, _BUCKET)}"
+        query = f"?list-type=2&encoding-type=url&prefix={_quote(prefix, _WORD)}"
         if token:
-            query += f"&continuation-token={_quote(token, _BUCKET)}"
+            query += f"&continuation-token={_quote(token, _WORD)}"
         status, headers, body = self._settled(lambda: _Exchange(self._at("", query), self.env))
         if status != 200:
             raise self._error(status, headers, _read_up_to(body, _ERROR_LIMIT))
@@ -2743,7 +2751,6 @@ _TAG = (
 _NAME_LIMIT = 240  # bytes of a file name: 255 less what our stamps put before it
 _NEW = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _NEW |= getattr(os, "O_BINARY", 0)
-_SAFE_NAME = _BUCKET  # letters, digits and ".-_": what every file system can hold
 
 
 def _free(path: str) -> int | None:
@@ -2812,8 +2819,8 @@ def _aside(directory: str) -> str:
 def _tail(name: str, room: int) -> str:
     """Return what a file system can surely hold of an object's own name, its end kept."""
     # Cut from the left: what tools look at is the ending, .nii.gz or .ome.zarr.
-    if not _SAFE_NAME.issuperset(name):
-        name = "".join(c if c in _SAFE_NAME else "_" for c in name)
+    if not _WORD.issuperset(name):
+        name = "".join(c if c in _WORD else "_" for c in name)
     return name[-room:].rstrip(".") or "object"
 
 
@@ -3336,6 +3343,10 @@ class _Partial:
                 _unlink(self.path + ".data")
                 raise
 
+    def _claim(self, at: int, end: int) -> None:
+        self.state[at:end] = b"\1" * (end - at)
+        self.free -= end - at
+
     def take(self, most: int) -> tuple[int, int] | None:
         """Take a run of free chunks, at most so many bytes long; None if none is left."""
         with self.lock:
@@ -3347,17 +3358,14 @@ class _Partial:
                 return None
             end = at
             while end < self.count and end - at < most // _CHUNK and not self.state[end]:
-                self.state[end] = 1
                 end += 1
-            self.free -= end - at
+            self._claim(at, end)
         return at * _CHUNK, min(end * _CHUNK, self.total)
 
     def take_first(self, stop: int) -> None:
         """Take the chunks that the first answer brings."""
         with self.lock:
-            for index in range(-(-stop // _CHUNK)):
-                self.state[index] = 1
-                self.free -= 1
+            self._claim(0, -(-stop // _CHUNK))
 
     def write(self, view: memoryview, offset: int) -> None:
         with _Disk(self.path + ".data", self.total):
@@ -3393,8 +3401,7 @@ class _Partial:
         with self.lock:
             if self.state[index]:
                 return False
-            self.state[index] = 1
-            self.free -= 1
+            self._claim(index, index + 1)
             return True
 
     def _copy(self, file: FileIO, index: int, crc: bytes) -> int:
@@ -3472,8 +3479,7 @@ class _Partial:
                 os.close(self.log)
 
     def discard(self) -> None:
-        _unlink(self.path + ".data")
-        _unlink(self.path + ".log")
+        self.store.drop_partials(os.path.basename(self.path))
 
 
 class _Record:
@@ -3662,21 +3668,18 @@ def _inodes(paths: Iterable[str]) -> dict[tuple[int, int], int]:
     return found
 
 
-class _Keeper:
-    """What looks after a store: what it holds, what goes, what is damaged."""
-
-    def __init__(self, store: _Store) -> None:
-        self.store = store
+class _Keeper(_Store):
+    """A store with all of it in view: what it holds, what goes, what is damaged."""
 
     def units(self) -> list[_Unit]:
         """Return all that the store holds."""
-        if not self.store.exists():
+        if not self.exists():
             return []
-        with _Disk(self.store.root):
-            objects = [unit for shard in _list(self.store.objects) for unit in self._shard(shard)]
-            named = [p for p in _list(self.store.trees) if os.path.basename(p)[:1] != "."]
+        with _Disk(self.root):
+            objects = [unit for shard in _list(self.objects) for unit in self._shard(shard)]
+            named = [p for p in _list(self.trees) if os.path.basename(p)[:1] != "."]
             trees = [self._tree(path) for path in named if _is_tree(path)]
-            partials = [self._part(path) for path in self.store.partials("")]
+            partials = [self._part(path) for path in self.partials("")]
         return objects + trees + partials
 
     def _shard(self, shard: str) -> list[_Unit]:
@@ -3687,7 +3690,7 @@ class _Keeper:
             entry = _parse_entry(path)
             if entry and (entry.check() or entry.held >= 0):
                 group = found.setdefault(entry.name[:21] + ("p" if entry.private else "o"), [])
-                group.append((self.store.validated(entry), entry))
+                group.append((self.validated(entry), entry))
         units = []
         for group in found.values():
             newest = max(validated for validated, _ in group)
@@ -3721,7 +3724,7 @@ class _Keeper:
 
     def now(self) -> float:
         """Return the time on the file system's clock, which the stamps are of."""
-        path = _aside(self.store.root)
+        path = _aside(self.root)
         try:
             fd = os.open(path, os.O_WRONLY | _NEW, 0o600)
         except OSError:
@@ -3750,7 +3753,7 @@ class _Keeper:
         if entry.kind == "partial":
             if _newest(path + ".log", path + ".data") > entry.last_used:
                 return False
-            self.store.drop_partials(os.path.basename(path))
+            self.drop_partials(os.path.basename(path))
             return True
         aside = _aside(os.path.dirname(path))
         stamps = [_sidecar(path, kind) for kind in "uv"]
@@ -3775,7 +3778,7 @@ class _Keeper:
 
     def _sweep(self, now: float) -> None:
         """Remove what crashes left behind: old temporary files, stamps without an entry."""
-        for shard in [*_list(self.store.objects), self.store.trees, self.store.root]:
+        for shard in [*_list(self.objects), self.trees, self.root]:
             for path in _list(shard):
                 name = os.path.basename(path)
                 if name[:2] == ".t" and now - _newest(path) > _GRACE:
@@ -3806,23 +3809,23 @@ class _Keeper:
 
     def clear(self) -> None:
         """Remove all that is ours and nothing else."""
-        if not self.store.exists():
+        if not self.exists():
             return
-        with _Disk(self.store.root):
-            for path in filter(_is_tree, _list(self.store.trees)):
+        with _Disk(self.root):
+            for path in filter(_is_tree, _list(self.trees)):
                 _remove_tree(path)
-            files = [p for shard in _list(self.store.objects) for p in _list(shard)]
+            files = [p for shard in _list(self.objects) for p in _list(shard)]
             files = [p for p in files if _is_ours(os.path.basename(p))]
-            files += [p for p in _list(self.store.partial) if p.endswith((".data", ".log"))]
-            files += [p for p in _list(self.store.locks) if len(os.path.basename(p)) == 3]
-            files += [p for p in _list(self.store.root) if os.path.basename(p)[:2] == ".t"]
-            for path in [*files, os.path.join(self.store.root, "CACHEDIR.TAG")]:
+            files += [p for p in _list(self.partial) if p.endswith((".data", ".log"))]
+            files += [p for p in _list(self.locks) if len(os.path.basename(p)) == 3]
+            files += [p for p in _list(self.root) if os.path.basename(p)[:2] == ".t"]
+            for path in [*files, os.path.join(self.root, "CACHEDIR.TAG")]:
                 try:
                     os.unlink(path)
                 except FileNotFoundError:
                     pass
-            directories = [*_list(self.store.objects), self.store.objects, self.store.partial]
-            directories += [self.store.trees, self.store.locks, self.store.root]
+            directories = [*_list(self.objects), self.objects, self.partial]
+            directories += [self.trees, self.locks, self.root]
             for path in directories:
                 try:
                     os.rmdir(path)
@@ -3869,6 +3872,14 @@ def _default_cache_dir() -> str:
         if os.access(cache if os.path.isdir(cache) else home, os.W_OK | os.X_OK):
             return cache
     return _fallback_dir()
+
+
+def _cache_dir(cache_dir: StrPath | None) -> str:
+    """Return the absolute path of the cache directory that a caller means."""
+    text = _text(cache_dir or "")
+    if _scheme(text):
+        raise ValueError(f"cache_dir must be a directory, not {_redact(text)!r}")
+    return os.path.abspath(os.path.expanduser(text)) if text else _default_cache_dir()
 
 
 @lru_cache(maxsize=256)
@@ -4325,11 +4336,7 @@ class _Options:
             raise ValueError("max_concurrency and multipart_threshold_bytes must be at least 1")
         if version_id is not None and not isinstance(version_id, str):
             raise TypeError("version_id must be str")
-        cache_dir = _text(cache_dir or "")
-        if _scheme(cache_dir):
-            raise ValueError(f"cache_dir must be a directory, not {_redact(cache_dir)!r}")
-        cache_dir = os.path.abspath(os.path.expanduser(cache_dir)) if cache_dir else ""
-        self.store = _Store(cache_dir or _default_cache_dir())
+        self.store = _Store(_cache_dir(cache_dir))
         self.access = _Access(anonymous, s3_client)
         self.max_concurrency, self.threshold = max_concurrency, multipart_threshold_bytes
         self.max_age, self.stale_if_error = max_age, stale_if_error
@@ -5776,10 +5783,9 @@ class CacheManager:
     """
 
     def __init__(self, cache_dir: StrPath | None = None, *, persistent: bool = True) -> None:
-        base = None
+        base = ""
         if cache_dir or persistent:
-            base = _Options(cache_dir=cache_dir).store.cache_dir
-        if base is not None:
+            base = _cache_dir(cache_dir)
             with _Disk(base):
                 os.makedirs(base, exist_ok=True)
         self._remove: Callable[[], object] | None = None
@@ -5788,11 +5794,14 @@ class CacheManager:
             import weakref
 
             with _Disk(base or "the temp directory"):
-                base = tempfile.mkdtemp(prefix="aind-s3-cache-", dir=base)
+                base = tempfile.mkdtemp(prefix="aind-s3-cache-", dir=base or None)
             # Not TemporaryDirectory: a forked child that ends would remove its parent's.
             self._remove = weakref.finalize(self, _remove_own, base, os.getpid())
-        self.dir: Path = _path_class()(str(base))
-        self._keeper = _Keeper(_Store(str(base)))
+        self.dir: Path = _path_class()(base)
+
+    @property
+    def _keeper(self) -> _Keeper:
+        return _Keeper(str(self.dir))
 
     def __enter__(self) -> CacheManager:
         return self
