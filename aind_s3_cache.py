@@ -5445,13 +5445,14 @@ def _cached(source: _Source, opt: _Options, look: _Look | None) -> LocalizedReso
                 held = store.find(ident, source.signed)
             return _Fetch(source, opt, look).run(held)
     except TransferError as error:
-        if not held and _may_be_tree(source):
+        last = held or entries  # private ones, too, as without asking
+        if not last and _may_be_tree(source):
             return _Tree(source, opt).stale(error)
-        if not held or not _may_be_stale(opt, error):
+        if not last or not _may_be_stale(opt, error):
             raise
         _warn("serving a stale copy of %s: %s", source.uri, error)
-        store.used(held[0].path, held[0].stamp)
-        return _held(source, held[0], "stale")
+        store.used(last[0].path, last[0].stamp)
+        return _held(source, last[0], "stale")
 
 
 def _local(text: str) -> LocalizedResource:

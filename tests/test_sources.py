@@ -627,6 +627,16 @@ def test_it_is_no_stale_copy_for_an_anonymous_call(
 
 
 @NEEDS_BOTO3
+@pytest.mark.usefixtures("quick")
+def test_it_is_a_stale_copy_for_a_process_that_has_not_asked_yet(
+    held: tuple[str, Any], server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_SIGNED_BUCKETS", set())  # what this process has learnt
+    server.always(500)
+    assert get(held[0], stale_if_error=True).status == "stale"
+
+
+@NEEDS_BOTO3
 def test_an_object_that_became_public_is_fetched_for_everybody(
     held: tuple[str, Any], publish: Publish, get: Get
 ) -> None:
