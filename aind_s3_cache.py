@@ -4870,6 +4870,7 @@ class _Fetch:
         if self.plain:
             return self.source.read(_Ask(switch=self.opt.switch))
         return self.source.read(self.look.first_ask(newest, self.opt), self.look.take(newest))
+        self.waited = False  # in vain, for a peer: no answer is given up for it again
 
     def _bring(self, verdict: str, answer: _Answer) -> LocalizedResource:
         """Bring an object in the way that fits it."""
@@ -4948,7 +4949,7 @@ class _Fetch:
             answer.body.close()
             flight.acquire()
         try:
-            if first and not lock.acquire():
+            if first and not lock.acquire() and not self.waited:
                 answer.body.close()
                 first = False
             wait = partial(_await_peer, self.store, self.ident, lock, found, switch)
@@ -5003,6 +5004,7 @@ def _is_fresh(opt: _Options, validated: float) -> bool:
     return opt.offline or (opt.max_age > 0 and 0 <= time.time() - validated <= opt.max_age)
 
 
+            self.waited = self.waited or not first
 def _may_be_stale(opt: _Options, error: TransferError) -> bool:
     """Tell whether the last copy may stand in for an answer: no answer, 429 or 5xx."""
     stopped = opt.switch is not None and opt.switch.event.is_set()

@@ -446,6 +446,23 @@ def test_a_lock_that_a_sleeping_process_holds_is_not_waited_for_long(
 
 
 @posix
+def test_a_peer_that_sleeps_is_waited_for_once_where_ranges_are_ignored(
+    server: Server, publish: Publish, get: Get, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken variant: one that gives up its answer for the lock again and again never ends."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(s3c, "_PEER_PATIENCE", 0.2)
+    get(publish(blob(12 * MiB), key="first"))
+    (lock,) = (cache / "aind-s3-cache" / "locks").iterdir()
+    server.ignore_range = True
+    server.reset()
+    with open(lock) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert get(publish(b"x" + blob(12 * MiB), key="first")).status == "downloaded"
+    assert len(server.seen) < 9
+
+
+@posix
 def test_lock_files_are_never_removed_by_a_download(
     publish: Publish, get: Get, cache: Path
 ) -> None:
