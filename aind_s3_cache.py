@@ -2751,6 +2751,7 @@ _TAG = (
 _NAME_LIMIT = 240  # bytes of a file name: 255 less what our stamps put before it
 _NEW = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _NEW |= getattr(os, "O_BINARY", 0)
+_FINAL = 0o444 if os.name == "posix" else 0o600  # Windows neither removes nor replaces read-only
 
 
 def _free(path: str) -> int | None:
@@ -2938,6 +2939,10 @@ def _publish(temporary: str, final: str) -> str:
     except FileNotFoundError:
         if not _Entry(final).check():
             raise _Changed from None
+    except PermissionError:  # a peer reads it on Windows, or owns it in a sticky directory
+        if not _Entry(final).check():
+            raise
+        _unlink(temporary)
     return final
 
 
@@ -3140,7 +3145,7 @@ class _Store:
         directory = self.shard(ident)
         temporary = _aside(directory)
         final = directory + os.sep + name
-        mode = 0o600 if private else 0o444
+        mode = 0o600 if private else _FINAL
         with _Disk(directory, len(data)):
             fd = self.create(temporary, os.O_WRONLY, mode)
             try:
@@ -3260,7 +3265,7 @@ class _Spool:
         self.directory, self.need, self._names = store.shard(ident), need, hashes
         self._path = _aside(self.directory)
         with _Disk(self.directory, need):
-            self._fd = store.create(self._path, os.O_WRONLY, 0o600 if private else 0o444)
+            self._fd = store.create(self._path, os.O_WRONLY, 0o600 if private else _FINAL)
         self._reset()
 
     def _reset(self) -> None:

@@ -66,6 +66,20 @@ def test_another_user_cannot_reach_into_it(
         as_nobody(lambda: get("s3://aind-open-data/data.json").path)
 
 
+@pytest.mark.root
+def test_what_another_user_has_published_meanwhile_is_as_good(
+    server: Server, public: Path, get: Any, as_nobody: AsNobody
+) -> None:
+    """In a sticky directory nobody may replace it; and without a validator each call downloads."""
+    server.put("b", "k", b"data", etag=None, headers={"Last-Modified": None})
+    get = partial(s3c.get_local_path_for_resource, f"{server.url}/b/k", cache_dir=public)
+    path = get().path
+    for directory in list(path.parents)[:3]:
+        directory.chmod(0o1777)
+    assert as_nobody(get).path == path
+    assert len(list(path.parent.iterdir())) == 1
+
+
 def _plant_directory(root: Path) -> None:
     root.mkdir(mode=0o777)
     for name in ("objects", "partial", "locks", "trees"):
