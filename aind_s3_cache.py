@@ -3215,6 +3215,11 @@ class _Lock:
             return True
         return verdict[0] if verdict else True
 
+    @property
+    def held(self) -> bool:
+        """Tell whether this is sure to keep out whoever can lock."""
+        return self._fd >= 0
+
     def _try(self, verdict: list[bool]) -> None:
         try:
             with _IMPORTS:
@@ -3322,12 +3327,22 @@ class _Partial:
     """A large object on its way: a file of our own, and a log of the chunks that are done.
 
     Nobody else ever writes to it. Whoever needs the same object may copy the chunks whose checksum
-    matches, now or after we were killed: no liveness test, no shared inode, no lock.
+    matches, now or after we were killed: no liveness test, no shared inode, no lock. But who has
+    the lock, and so is ``alone``, clears away what the dead left, or every one of them would stay.
     """
 
-    def __init__(self, store: _Store, ident: str, version: str, total: int, private: bool) -> None:
+    def __init__(
+        self, store: _Store, ident: str, version: str, total: int, private: bool, alone: bool
+    ) -> None:
         self.store, self.key, self.total = store, f"{ident}.{version}.", total
+        self._alone = alone
         self.path = os.path.join(store.partial, self.key + _random())
+        with _Disk(store.partial, total):
+            store.make(store.partial)
+            if alone and not self._fits():
+                store.drop_partials(self.key)  # rather from the first byte than not at all
+            if not self._fits():
+                raise OSError(errno.ENOSPC, "No space left on device", self.path + ".data")
         self.count = -(-total // _CHUNK)
         self.state, self.free = bytearray(self.count), self.count  # 0 free, 1 taken, 2 done
         self.crcs = bytearray(4 * self.count)
@@ -3335,11 +3350,7 @@ class _Partial:
         self.shared = False  # peers work on the same object: take chunks at random
         self._users, self._closed = 1, False
         with _Disk(store.partial, total):
-            store.make(store.partial)
-            free = _free(store.partial)
-            if free is not None and free < total:
-                raise OSError(errno.ENOSPC, "No space left on device", self.path + ".data")
-            mode = 0o600 if private else 0o444
+            mode = 0o600 if private else _FINAL
             self.fd = store.create(self.path + ".data", os.O_RDWR, mode)
             try:
                 self.log = store.create(self.path + ".log", os.O_WRONLY | os.O_APPEND, 0o600)
@@ -3347,6 +3358,10 @@ class _Partial:
                 os.close(self.fd)
                 _unlink(self.path + ".data")
                 raise
+
+    def _fits(self) -> bool:
+        free = _free(self.store.partial)
+        return free is None or free >= self.total
 
     def _claim(self, at: int, end: int) -> None:
         self.state[at:end] = b"\1" * (end - at)
@@ -3397,9 +3412,11 @@ class _Partial:
         """Copy what peers and the dead have finished of this object; return the bytes copied."""
         # Peers that live and orphans alike: the checksum decides, not whose it was.
         copied, others = 0, [p for p in self.store.partials(self.key) if p != self.path]
-        self.shared = bool(others)
         for path in others:
             copied += self._adopt_from(path)
+            if self._alone:
+                self.store.drop_partials(os.path.basename(path))
+        self.shared = bool(others) and not self._alone
         return copied
 
     def _take_one(self, index: int) -> bool:
@@ -4961,7 +4978,7 @@ class _Fetch:
             entry = found() if first else wait()
             if entry and self.store.confirm(entry.path):
                 return entry.path, True
-            return self._parts(answer, first, found)
+            return self._parts(answer, first, lock.held, found)
         finally:
             try:
                 lock.release()
@@ -4969,12 +4986,12 @@ class _Fetch:
                 flight.release()
 
     def _parts(
-        self, answer: _Answer, first: bool, found: Callable[[], _Entry | None]
+        self, answer: _Answer, first: bool, alone: bool, found: Callable[[], _Entry | None]
     ) -> tuple[str, bool]:
         """Copy what peers and the dead left of this very version, fetch the rest, publish."""
         source, total, validator = self.source, answer.total or 0, _validator(answer)
         version = _digest(validator, str(total), str(_CHUNK), str(source.signed))[:16]
-        file = _Partial(self.store, self.ident, version, total, source.signed)
+        file = _Partial(self.store, self.ident, version, total, source.signed, alone)
         hashes: list[tuple[_Behind, bytes, str]] = []
         try:
             if first:

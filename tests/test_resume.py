@@ -85,7 +85,7 @@ def server(lasting_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def kill(spawn: Spawn, server: Server, cache: Path) -> Callable[..., Path]:
     """`kill(uri, size)`: the data file of a download that is killed half way; counts from zero."""
 
-    def kill(uri: str, size: int = SIZE, number: int = signal.SIGKILL) -> Path:
+    def kill(uri: str, size: int = SIZE, number: int = signal.SIGKILL, cache: Path = cache) -> Path:
         server.rate = size // 8
         child = spawn(CHILD, uri, cache)
         while logged(cache) < size // 2:
@@ -411,6 +411,18 @@ def test_a_change_that_the_server_does_not_mind_is_seen(
 # ==== When partial files stay, and when they go ===============================================
 
 
+def interrupt_at(size: int) -> Callable[[int], None]:
+    """Return a progress function that breaks a download off."""
+    counts: list[int] = []
+
+    def progress(count: int) -> None:
+        counts.append(count)
+        if sum(counts) >= size:
+            raise KeyboardInterrupt
+
+    return progress
+
+
 @pytest.fixture
 def break_off(server: Server, monkeypatch: pytest.MonkeyPatch, cache: Path, quick: None) -> None:
     """The server answers until something is noted, then resets every connection."""
@@ -435,6 +447,25 @@ def test_a_failed_transfer_keeps_one_partial_file(
     assert get(uri).path.read_bytes() == DATA
     assert 0 < server.bytes_sent <= SIZE - kept + 8 * MiB
     assert list(parts(cache).iterdir()) == []
+
+
+def test_many_that_are_broken_off_leave_one_partial_file(
+    publish: Publish, get: Get, cache: Path
+) -> None:
+    uri = publish(DATA)
+    for at in (4, 5, 6):
+        with pytest.raises(KeyboardInterrupt):
+            get(uri, max_concurrency=2, progress=interrupt_at(at * MiB))
+    assert len(list(parts(cache).glob("*.data"))) == 1
+
+
+@pytest.mark.root
+def test_a_disk_without_room_for_both_begins_anew(kill: Any, publish: Publish, mount: Any) -> None:
+    """What was killed takes the space that the whole object needs."""
+    uri, disk = publish(DATA), mount("size=40m")
+    kill(uri, cache=disk)
+    found = s3c.get_local_path_for_resource(uri, cache_dir=disk)
+    assert found.path.read_bytes() == DATA
 
 
 def test_a_server_that_fails_for_a_while_leaves_no_copies(

@@ -293,6 +293,15 @@ def test_a_full_disk(size: int, server: Server, publish: Publish, mount: Mount) 
     assert [path.name for path in files(disk)] in ([], ["CACHEDIR.TAG"])
 
 
+def test_a_size_that_no_disk_has_is_refused_before_memory_is_taken_for_it(
+    server: Server, cache: Path
+) -> None:
+    head = {"Content-Range": f"bytes 0-8388607/{10**19 - 1}"}
+    server.always(206, bytes(8 * MiB), etag='"e"', headers=head)
+    get = partial(s3c.get_local_path_for_resource, f"{server.url}/b/k", cache_dir=cache)
+    assert "Needed: 10000000.0 TB" in str(fails(get, errno.ENOSPC, cache))
+
+
 @pytest.mark.root
 def test_a_disk_that_fills_under_a_download(server: Server, publish: Publish, mount: Mount) -> None:
     disk, uri = mount("size=20m"), publish(blob(16 * MiB))
