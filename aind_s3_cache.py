@@ -3759,11 +3759,10 @@ class _Keeper(_Store):
 
     def prune(self, max_age: float | None, max_size: int | None, dry_run: bool) -> list[CacheEntry]:
         """Carry out a plan; what was touched since it was made stays."""
-        units = self.units()
-        if not units:
+        if not self.exists():
             return []
         now = self.now()
-        plan = _plan_prune(units, max_age, max_size, now)
+        plan = _plan_prune(self.units(), max_age, max_size, now)
         if dry_run:
             return [unit.entry for unit in plan]
         self._sweep(now)
@@ -3873,6 +3872,8 @@ def _fallback_dir() -> str:
         path = os.path.join(tempfile.gettempdir(), f"aind-s3-cache-{uid}")
         try:
             os.mkdir(path, 0o700)
+                except IsADirectoryError:  # put aside by _rename
+                    _remove_tree(path)
         except FileExistsError:
             pass
     _guard(path)
@@ -5434,7 +5435,8 @@ def _unasked(source: _Source, opt: _Options, entries: list[_Entry]) -> Localized
     for entry in entries[:1]:
         if _is_fresh(opt, opt.store.validated(entry)):
             opt.store.used(entry.path, entry.stamp)
-            return _held(source, entry, "fresh")
+            if entry.check():  # nobody prunes it from here on
+                return _held(source, entry, "fresh")
     found = _Tree(source, opt).held() if not entries and _may_be_tree(source) else None
     if opt.offline and not found:
         raise OfflineError("Not in the cache, and offline", uri=source.uri)

@@ -561,3 +561,35 @@ def test_a_persistent_cache_stays(hold: Any, manager: Any, cache: Path) -> None:
     manager.close()
     manager.close()
     assert path.exists()
+def test_an_entry_that_is_pruned_as_it_is_served_is_fetched_again(
+    hold: Any, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold("k", used=60)
+
+    def prune(_: Any, path: str, __: float) -> None:
+        os.unlink(path)
+
+    monkeypatch.setattr(s3c._Store, "used", prune)
+    result = get("s3://aind-open-data/k", max_age=3600)
+    assert (result.status, result.path.exists()) == ("downloaded", True)
+
+
+def test_prune_sweeps_a_cache_without_entries(manager: Any, cache: Path) -> None:
+    shard = cache / "aind-s3-cache" / "objects" / "00"
+    shard.mkdir(parents=True)
+    left = shard / ".t0123456789abcdef"
+    left.touch()
+    os.utime(left, (1, 1))
+    assert manager.prune() == []
+    assert not left.exists()
+
+
+def test_clear_removes_what_was_put_aside(hold: Any, manager: Any, cache: Path) -> None:
+    """A directory in the place of an entry was renamed to make room."""
+    aside = hold("k").with_name(".t0123456789abcdef")
+    aside.mkdir()
+    (aside / "x").touch()
+    manager.clear()
+    assert list(cache.iterdir()) == []
+
+
