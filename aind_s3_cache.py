@@ -2741,7 +2741,7 @@ def _check_bytes(source: _Source, answer: _Answer, data: bytearray) -> None:
 #       objects/<xx>/<id>_<access><validator>_<size>_<crc>_<the object's own name>
 #       objects/<xx>/.t… .u… .v…   a file being written, stamps of last use and last validation
 #       partial/<id>.<version>.<random>.data and .log     large objects on their way
-#       trees/<id>_<signature>_<name>/                     directories of hard links to objects
+#       trees/<id>_<access><signature>_<files>_<size>_<name>/   directories of hard links to objects
 #       locks/<xxx>                                        4,096 files, never removed by a download
 
 _TAG = (
@@ -3673,7 +3673,13 @@ def _remove_tree(path: str) -> None:
     with _IMPORTS:
         import shutil
 
-    shutil.rmtree(path, ignore_errors=True)
+    # Aside at once: whoever still fills it finds it gone, instead of less in it than was put there.
+    aside = _aside(os.path.dirname(path))
+    try:
+        os.rename(path, aside)
+    except OSError:
+        aside = path
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _inodes(paths: Iterable[str]) -> dict[tuple[int, int], int]:
@@ -3688,6 +3694,26 @@ def _inodes(paths: Iterable[str]) -> dict[tuple[int, int], int]:
             held = getattr(s, "st_blocks", 0) * 512 if path.endswith(".data") else s.st_size
             found[s.st_dev, s.st_ino] = min(held, s.st_size)
     return found
+
+
+def _is_left(path: str, now: float) -> bool:
+    """Tell whether a temporary file, or a tree being made, has stood still for the grace."""
+    if now - _newest(path) <= _GRACE:
+        return False
+    # Links into its subdirectories do not stamp a tree itself.
+    return now - _newest(*(top for top, _, _ in os.walk(path))) > _GRACE
+
+
+def _is_damaged(entry: _Entry) -> bool:
+    """Tell whether an entry's bytes are not what they were; what may not be read is not judged."""
+    try:
+        return _checksum_of_file(entry.path) != entry.crc or not entry.check()
+    except (FileNotFoundError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return True
 
 
 class _Keeper(_Store):
@@ -3732,8 +3758,8 @@ class _Keeper(_Store):
     def _tree(self, path: str) -> _Unit:
         files = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
         inodes = _inodes(files)
-        name = os.path.basename(path).split("_", 2)[-1]
-        stamp = _newest(path)
+        name = os.path.basename(path).split("_", 4)[-1]
+        stamp = _newest(path, _sidecar(path, "v"))
         used = max(stamp, _newest(_sidecar(path, "u")))
         return _Unit(CacheEntry(path, name, "tree", sum(inodes.values()), used, stamp), inodes)
 
@@ -3802,7 +3828,7 @@ class _Keeper(_Store):
         for shard in [*_list(self.objects), self.trees, self.root]:
             for path in _list(shard):
                 name = os.path.basename(path)
-                if name[:2] == ".t" and now - _newest(path) > _GRACE:
+                if name[:2] == ".t" and _is_left(path, now):
                     if not _unlink(path):
                         _remove_tree(path)
                 elif name[:2] in (".u", ".v") and not os.path.lexists(
@@ -3811,21 +3837,20 @@ class _Keeper(_Store):
                     _unlink(path)
 
     def verify(self) -> list[CacheEntry]:
-        """Read every object back, remove and return those whose bytes are not what they were."""
-        bad = []
-        for unit in self.units():
-            if unit.entry.kind == "object":
-                entry = _Entry(unit.entry.path)
-                try:
-                    good = entry.check() and _checksum_of_file(entry.path) == entry.crc
-                except FileNotFoundError:
-                    continue
-                except OSError:
-                    good = False
-                if not good:
-                    with _Disk(entry.path):
-                        os.unlink(entry.path)
+        """Remove, and return, objects whose bytes are not what they were, and their trees."""
+        units, bad = self.units(), []
+        inodes: set[tuple[int, int]] = set()
+        for unit in units:
+            path = unit.entry.path
+            with _Disk(path):
+                if unit.entry.kind == "object" and _is_damaged(_Entry(path)):
+                    os.unlink(path)
                     bad.append(unit.entry)
+                    inodes.update(unit.inodes)
+        for unit in units:
+            if unit.entry.kind == "tree" and not inodes.isdisjoint(unit.inodes):
+                _remove_tree(unit.entry.path)
+                bad.append(unit.entry)
         return bad
 
     def clear(self) -> None:
@@ -3840,11 +3865,15 @@ class _Keeper(_Store):
             files += [p for p in _list(self.partial) if p.endswith((".data", ".log"))]
             files += [p for p in _list(self.locks) if len(os.path.basename(p)) == 3]
             files += [p for p in _list(self.root) if os.path.basename(p)[:2] == ".t"]
+            stamps = [p for p in _list(self.trees) if os.path.basename(p)[:2] in (".u", ".v")]
+            files += [p for p in stamps if _is_tree(os.path.basename(p)[2:])]
             for path in [*files, os.path.join(self.root, "CACHEDIR.TAG")]:
                 try:
                     os.unlink(path)
                 except FileNotFoundError:
                     pass
+                except IsADirectoryError:  # put aside by _rename
+                    _remove_tree(path)
             directories = [*_list(self.objects), self.objects, self.partial]
             directories += [self.trees, self.locks, self.root]
             for path in directories:
@@ -3872,8 +3901,6 @@ def _fallback_dir() -> str:
         path = os.path.join(tempfile.gettempdir(), f"aind-s3-cache-{uid}")
         try:
             os.mkdir(path, 0o700)
-                except IsADirectoryError:  # put aside by _rename
-                    _remove_tree(path)
         except FileExistsError:
             pass
     _guard(path)
@@ -4843,6 +4870,7 @@ class _Fetch:
         self.plain = False  # ask without range and conditions
         self.doubted = False  # bytes were not as promised: use nothing of that try
         self.changes = 0
+        self.waited = False  # in vain, for a peer: no answer is given up for it again
         self.look = look
 
     def run(self, held: list[_Entry]) -> LocalizedResource:
@@ -4893,7 +4921,6 @@ class _Fetch:
         if self.plain:
             return self.source.read(_Ask(switch=self.opt.switch))
         return self.source.read(self.look.first_ask(newest, self.opt), self.look.take(newest))
-        self.waited = False  # in vain, for a peer: no answer is given up for it again
 
     def _bring(self, verdict: str, answer: _Answer) -> LocalizedResource:
         """Bring an object in the way that fits it."""
@@ -4977,6 +5004,7 @@ class _Fetch:
                 first = False
             wait = partial(_await_peer, self.store, self.ident, lock, found, switch)
             entry = found() if first else wait()
+            self.waited = self.waited or not first
             if entry and self.store.confirm(entry.path):
                 return entry.path, True
             return self._parts(answer, first, lock.held, found)
@@ -5027,7 +5055,6 @@ def _is_fresh(opt: _Options, validated: float) -> bool:
     return opt.offline or (opt.max_age > 0 and 0 <= time.time() - validated <= opt.max_age)
 
 
-            self.waited = self.waited or not first
 def _may_be_stale(opt: _Options, error: TransferError) -> bool:
     """Tell whether the last copy may stand in for an answer: no answer, 429 or 5xx."""
     stopped = opt.switch is not None and opt.switch.event.is_set()
@@ -5227,6 +5254,10 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except FileNotFoundError:
         raise
+    except FileExistsError:
+        # NFS may do it twice. Never written through: the file may be another entry of the cache.
+        if not os.path.samefile(source, target):
+            raise
     except OSError:
         # Some file systems have no links, or few for one file.
         import shutil
@@ -5247,6 +5278,16 @@ def _is_whole_tree(path: str, names: list[str], keys: list[_Key]) -> bool:
     return True
 
 
+def _holds_all(path: str) -> bool:
+    """Tell whether a snapshot still has as many files and bytes as its name says, or more."""
+    files = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
+    try:
+        _, _, count, size, _ = os.path.basename(path).split("_", 4)
+        return len(files) >= int(count, 16) and sum(map(os.path.getsize, files)) >= int(size, 16)
+    except (OSError, ValueError):
+        return False
+
+
 class _Tree:
     """An S3 prefix as a local directory: an immutable snapshot of what one listing said."""
 
@@ -5264,7 +5305,8 @@ class _Tree:
         private = self.source.signed or self.opt.access.anonymous is not True
         starts = (f"{self.id}_o", f"{self.id}_p") if private else (f"{self.id}_o",)
         held = [p for p in _list(self.store.trees) if os.path.basename(p).startswith(starts)]
-        return sorted(((_newest(path), path) for path in held), reverse=True)
+        stamped = ((_newest(path, _sidecar(path, "v")), path) for path in held)
+        return sorted(stamped, reverse=True)
 
     def result(self, path: str, status: str, size: int | None = None) -> LocalizedResource:
         return LocalizedResource(
@@ -5273,8 +5315,8 @@ class _Tree:
 
     def held(self) -> LocalizedResource | None:
         """Return what may be served without asking."""
-        for stamp, path in self.snapshots()[:1]:
-            if _is_fresh(self.opt, stamp):
+        for stamp, path in self.snapshots():
+            if _is_fresh(self.opt, stamp) and _holds_all(path):
                 self.store.used(path, stamp)
                 return self.result(path, "fresh")
         if self.opt.offline:
@@ -5283,12 +5325,12 @@ class _Tree:
 
     def stale(self, error: TransferError) -> LocalizedResource:
         """Return the last snapshot where the server fails, or raise the error."""
-        held = self.snapshots() if _may_be_stale(self.opt, error) else []
-        if not held:
-            raise error
-        _warn("serving a stale copy of %s: %s", self.source.uri, error)
-        self.store.used(held[0][1], held[0][0])
-        return self.result(held[0][1], "stale")
+        for stamp, path in self.snapshots() if _may_be_stale(self.opt, error) else ():
+            if _holds_all(path):
+                _warn("serving a stale copy of %s: %s", self.source.uri, error)
+                self.store.used(path, stamp)
+                return self.result(path, "stale")
+        raise error
 
     def localize(self) -> LocalizedResource:
         found = self.held()
@@ -5319,13 +5361,12 @@ class _Tree:
         # The listing is the identity of the snapshot: an unchanged one finds its directory.
         lines = (f"{name}\0{key.etag}\0{key.size}" for name, key in zip(names, keys))
         access = "p" if self.source.signed else "o"
-        head = f"{self.id}_{access}{_digest(*lines)[:16]}_"
+        head = f"{self.id}_{access}{_digest(*lines)[:16]}_{len(keys):x}_{size:x}_"
         tail = _tail(self.source.name, _NAME_LIMIT - len(head))
         path = os.path.join(self.store.trees, head + tail)
         # Who waits for another thread's finds it whole.
         with _Flight(self.store, self.id, self.opt.switch):
-            if _is_whole_tree(path, names, keys):
-                self.store.confirm(path)
+            if self.store.confirm(path) and _is_whole_tree(path, names, keys):
                 return self.result(path, "revalidated", size)
             if not self.assemble(path, names, keys):
                 return None
@@ -5341,9 +5382,11 @@ class _Tree:
                     _tree_names(keys, self.prefix, True)
                 os.mkdir(aside, 0o700 if self.source.signed else 0o777)
             self.fill(aside, names, keys)
-            if self.changed:
+            if self.changed or not _is_whole_tree(aside, names, keys):
                 return False
             self.publish(aside, path, names, keys)
+        except _Changed:
+            return False
         finally:
             _remove_tree(aside)
         return True
@@ -5365,6 +5408,8 @@ class _Tree:
                 except CacheError as error:
                     if error.errno != errno.ENOENT:
                         raise
+                    if not os.path.isdir(os.path.dirname(f"{aside}/{name}")):
+                        raise _Changed from None  # a peer cleared the cache
                 look = None  # pruned between the look and the link
             raise CacheError("An entry disappears while it is linked", uri=self.source.uri)
 
@@ -5908,7 +5953,8 @@ class CacheManager:
         Returns
         -------
         list of CacheEntry
-            The damaged ones, which are removed: the next call downloads them again.
+            The damaged ones, and the trees that hold their bytes; all are removed, and the next
+            call downloads them again. What this user may not read is left as it is.
 
         Raises
         ------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from conftest import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from server import Server
@@ -474,6 +476,50 @@ def test_verify_takes_no_step_on_an_empty_object(publish: Publish, get: Get, man
     assert manager.verify() == []
 
 
+@pytest.mark.root
+def test_verify_leaves_what_it_may_not_read(server: Server, public: Path, as_nobody: Any) -> None:
+    """Of a group's cache: a colleague's private entry."""
+    server.put("b", "k", b"data")
+    path = s3c.get_local_path_for_resource(f"{server.url}/b/k?private", cache_dir=public).path
+    path.parent.chmod(0o777)
+    assert as_nobody(s3c.CacheManager(public).verify) == []
+    assert path.read_bytes() == b"data"
+
+
+REFUSES = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <string.h>
+#define open declared
+#define open64 declared64
+#include <fcntl.h>
+#undef open
+#undef open64
+static int refused(const char *path, int flags) {
+    return strstr(path, "/objects/") && !(flags & O_DIRECTORY);
+}
+int open(const char *path, int flags, int mode) {
+    static int (*next)(const char *, int, int);
+    if (refused(path, flags)) { errno = %(errno)s; return -1; }
+    if (!next) next = dlsym(RTLD_NEXT, "open");
+    return next(path, flags, mode);
+}
+int open64(const char *path, int flags, int mode) { return open(path, flags, mode); }
+"""
+
+
+@pytest.mark.parametrize(("number", "gone"), [("EIO", True), ("EMFILE", False)])
+def test_verify_takes_no_other_error_for_damage(
+    number: str, gone: bool, hold: Any, cache: Path, cli: Run, preload: Any
+) -> None:
+    path = hold("k", 100)
+    done = cli("verify", "--cache-dir", cache, env=preload(REFUSES % {"errno": number}))
+    assert done.returncode == 1
+    assert (str(path) in done.stdout, path.exists()) == (gone, not gone)
+    assert ("Too many open files" in done.stderr) != gone
+
+
 def test_damaged_files_do_not_stay_for_ever(hold: Any, manager: Any) -> None:
     path = hold("k", 100)
     path.chmod(0o644)
@@ -534,33 +580,18 @@ def test_prune_sweeps_what_crashes_left(hold: Any, manager: Any) -> None:
     lone = path.with_name(".u" + path.name.replace("_k", "_gone"))
     for left in (young, old, lone):
         left.touch()
-    tree = path.parents[2] / "trees" / ".t00"
-    (tree / "folder").mkdir(parents=True)
-    for left in (old, lone, tree):
+    tree, grows = (path.parents[2] / "trees" / name for name in (".t00", ".t01"))
+    for folder in (tree / "folder", grows / "folder"):
+        folder.mkdir(parents=True)
+    for left in (old, lone, tree / "folder", tree, grows):
         os.utime(left, (1, 1))
     manager.prune(max_age_days=30)
-    left = [path, young, old, lone, tree]
-    assert [p.exists() for p in left] == [True, True, False, False, False]
+    left = [path, young, grows, old, lone, tree]
+    assert [p.exists() for p in left] == [True, True, True, False, False, False]
+    shutil.rmtree(grows)
     young.unlink()
 
 
-# ==== Temporary caches ========================================================================
-
-
-def test_a_temporary_cache_goes_with_its_manager(cache: Path, publish: Publish) -> None:
-    cache.mkdir()
-    with s3c.CacheManager(cache, persistent=False) as manager:
-        s3c.get_local_path_for_resource(publish(b"x"), cache_dir=manager.dir)
-        assert manager.dir.parent == cache
-        assert len(manager.entries()) == 1
-    assert list(cache.iterdir()) == []
-
-
-def test_a_persistent_cache_stays(hold: Any, manager: Any, cache: Path) -> None:
-    path = hold("k")
-    manager.close()
-    manager.close()
-    assert path.exists()
 def test_an_entry_that_is_pruned_as_it_is_served_is_fetched_again(
     hold: Any, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -593,3 +624,20 @@ def test_clear_removes_what_was_put_aside(hold: Any, manager: Any, cache: Path) 
     assert list(cache.iterdir()) == []
 
 
+# ==== Temporary caches ========================================================================
+
+
+def test_a_temporary_cache_goes_with_its_manager(cache: Path, publish: Publish) -> None:
+    cache.mkdir()
+    with s3c.CacheManager(cache, persistent=False) as manager:
+        s3c.get_local_path_for_resource(publish(b"x"), cache_dir=manager.dir)
+        assert manager.dir.parent == cache
+        assert len(manager.entries()) == 1
+    assert list(cache.iterdir()) == []
+
+
+def test_a_persistent_cache_stays(hold: Any, manager: Any, cache: Path) -> None:
+    path = hold("k")
+    manager.close()
+    manager.close()
+    assert path.exists()

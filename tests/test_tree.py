@@ -521,6 +521,101 @@ def test_a_tree_that_does_not_fit_leaves_no_snapshot(
     assert not list(full_disk.rglob(".t*"))
 
 
+def test_the_stamps_of_a_tree_go_with_it(put_tree: Get, get: Get, cache: Path) -> None:
+    put_tree()
+    age(get().path, 2 * 3600)
+    get(offline=True)
+    s3c.CacheManager(cache).clear()
+    assert list(cache.iterdir()) == []
+
+
+def test_a_stamp_beside_a_tree_is_as_good_as_its_own(
+    server: Server, put_tree: Get, get: Get, cache: Path
+) -> None:
+    """Who may write to a group's cache may not set the times of another's directory."""
+    put_tree()
+    path = get().path
+    age(path, 30 * 86400)
+    path.with_name(f".v{path.name}").touch()
+    server.reset()
+    assert get(max_age=3600).status == "fresh"
+    assert server.seen == []
+    assert s3c.CacheManager(cache).prune(max_age_days=7) == []
+
+
+@pytest.mark.parametrize("options", [{"max_age": 3600}, {"offline": True}])
+def test_a_tree_that_lost_files_is_not_served_unasked(
+    put_tree: Get, get: Get, options: dict[str, Any]
+) -> None:
+    put_tree()
+    (get().path / "0" / "1").unlink()
+    if "offline" in options:
+        with pytest.raises(s3c.OfflineError):
+            get(**options)
+    else:
+        assert contents(get(**options).path) == FILES
+
+
+def test_a_tree_that_lost_files_stands_in_for_no_answer(
+    server: Server, put_tree: Get, get: Get, quick: None
+) -> None:
+    put_tree()
+    (get().path / "0" / "1").unlink()
+    server.always(500)
+    with pytest.raises(s3c.TransferError):
+        get(stale_if_error=True)
+
+
+def test_a_file_more_makes_a_tree_no_less(put_tree: Get, get: Get) -> None:
+    """Such as consolidated metadata that a reader writes beside the chunks."""
+    put_tree()
+    (get().path / ".zmetadata").write_bytes(b"{}")
+    assert get(offline=True).status == "fresh"
+
+
+def test_verify_removes_the_trees_that_hold_damaged_bytes(
+    put_tree: Get, get: Get, cache: Path
+) -> None:
+    put_tree()
+    path = get().path
+    chunk, other = path / "0" / "0", get(TREE + "deep/").path
+    chunk.chmod(0o600)
+    chunk.write_bytes(b"Chunk 0 0")
+    gone = s3c.CacheManager(cache).verify()
+    assert [(entry.kind, entry.name) for entry in gone] == [("object", "0"), ("tree", "data.zarr")]
+    assert (path.exists(), other.exists()) == (False, True)
+    assert contents(get().path) == FILES
+
+
+@pytest.mark.parametrize("at", ["0/0", "deep/er/still/x.bin"])
+def test_a_cache_cleared_while_a_tree_is_made_leaves_no_torn_tree(
+    server: Server, put_tree: Get, get: Get, cache: Path, at: str
+) -> None:
+    put_tree()
+    cleared: list[bool] = []
+
+    def clear(request: Any) -> None:
+        if request.path.endswith(at) and not cleared:
+            cleared.append(True)
+            s3c.CacheManager(cache).clear()
+
+    server.before = clear
+    assert contents(get().path) == FILES
+    assert cleared
+
+
+def test_a_link_that_is_there_already_is_not_written_through(tmp_path: Path) -> None:
+    """Two keys may be one name to a file system; and NFS may make a link and then say it was."""
+    source, link, other = (tmp_path / name for name in ("source", "link", "other"))
+    source.write_bytes(b"source")
+    other.write_bytes(b"other")
+    link.hardlink_to(source) if sys.version_info >= (3, 10) else os.link(source, link)
+    s3c._link(str(source), str(link))
+    with pytest.raises(FileExistsError):
+        s3c._link(str(source), str(other))
+    assert other.read_bytes() == b"other"
+
+
 def test_a_manager_sees_trees(put_tree: Get, get: Get, cache: Path) -> None:
     put_tree()
     root = get().path
