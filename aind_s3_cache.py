@@ -1586,6 +1586,8 @@ def _wire_error(error: Exception, place: _Place) -> S3CacheError:
         return error
     where = place.address
     number = getattr(error, "errno", None)
+    if any(cls.__name__ == "SSLError" for cls in type(error).__mro__):
+        number = None  # it is OpenSSL's, whose 1 and 8 are no EPERM and ENOEXEC
     # Ours to solve, not the network's: retrying would only keep the files busy.
     if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
         message = f"Cannot open a connection: {os.strerror(number)}"

@@ -672,8 +672,11 @@ def test_a_handshake_that_stalls_ends(
     assert timer.took < 6
 
 
+@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""], ids=["HTTP", "end"])
 @pytest.mark.usefixtures("quick")
-def test_a_plain_server_under_https_is_an_error(bound: socket.socket, get: Get) -> None:
+def test_a_server_that_does_not_speak_tls_is_an_error_in_the_words_of_tls(
+    said: bytes, bound: socket.socket, get: Get
+) -> None:
     def serve() -> None:
         bound.listen()
         while True:
@@ -681,13 +684,16 @@ def test_a_plain_server_under_https_is_an_error(bound: socket.socket, get: Get) 
             with peer:
                 if not peer.recv(65536):
                     return
-                peer.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+                peer.sendall(said)
 
     thread = threading.Thread(target=serve)
     thread.start()
-    assert address(bound) in str(failing(get, f"https://{address(bound)}/a"))
+    error = failing(get, f"https://{address(bound)}/a")
     socket.create_connection(bound.getsockname()).close()
     thread.join()
+    assert f"Connection to {address(bound)} failed: " in str(error)
+    assert "(_ssl.c:" in str(error)
+    assert error.errno is None
 
 
 @pytest.mark.parametrize("end", [CLOSE, BYE], ids=["ragged", "close_notify"])
