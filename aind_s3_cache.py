@@ -255,12 +255,19 @@ def _printable(text: str) -> str:
 
 def _redact(uri: str) -> str:
     """Return a URI fit for logs and messages: no user, password, query or fragment."""
-    scheme, colon, rest = uri.partition("://")
-    if not colon or scheme.lower() in ("s3", "file"):
+    # With one slash a URL passes for a path; what follows one letter is a path on that drive.
+    scheme, colon, rest = uri.partition("://" if "://" in uri else ":/")
+    if not colon or len(scheme) == 1 or scheme.lower() in ("s3", "file"):
         return _printable(uri)
     rest = rest.partition("#")[0].partition("?")[0]
     host, slash, path = rest.partition("/")
-    return _printable(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}")
+    return _printable(f"{scheme}{colon}{host.rpartition('@')[2]}{slash}{path}")
+
+
+def _redact_bad(text: str) -> str:
+    """Return what is no usable URL, fit for messages."""
+    # A raw "/" in a password moves the "@": then no part of it is safe to show.
+    return "…" if "@" in text else _redact(text.partition("?")[0].partition("#")[0])
 
 
 _MIXED: dict[tuple[type, type], Any] = {}
@@ -527,10 +534,10 @@ def parse_s3_uri(s3_uri: str) -> tuple[str, str]:
     """
     text = _text(s3_uri)
     if _scheme(text) != "s3":
-        raise ValueError(f"Not a valid S3 URI: {_redact(text)!r} ({_S3_FORM})")
+        raise ValueError(f"Not a valid S3 URI: {_redact_bad(text)!r} ({_S3_FORM})")
     bucket, _, key = text[5:].partition("/")
     if not 1 <= len(bucket) <= 255 or not _WORD.issuperset(bucket) or bucket[0] == ".":
-        shown = "" if "@" in bucket else f" {_printable(bucket[:80])!r}"
+        shown = "" if "@" in text else f" {_printable(bucket[:80])!r}"
         raise ValueError(f"Not a valid S3 URI: no bucket can be called{shown} ({_S3_FORM})")
     return bucket, key
 
@@ -783,8 +790,7 @@ def _place(url: str) -> _Place:
     scheme, authority, path, rest = _split_http(url)
     scheme = scheme[:-3].lower()
     userinfo, at, host = authority.rpartition("@")
-    # A raw "/" in a password moves the "@": then no part of the URL is safe to show.
-    bad = ValueError(f"Not a valid URL: {scheme + '://…' if '@' in url else _redact(url)!r}")
+    bad = ValueError(f"Not a valid URL: {_redact_bad(url)!r}")
     if scheme not in ("http", "https"):
         raise bad
     name, colon, port = host.rpartition(":")
@@ -1529,7 +1535,7 @@ def _proxy(origin: Origin) -> _Place | None:
     try:
         place = _place(url if "://" in url else f"http://{url}")
     except ValueError:
-        raise TransferError(f"Unusable proxy setting: {_redact(url)}") from None
+        raise TransferError(f"Unusable proxy setting: {_redact_bad(url)}") from None
     if place.origin[0] != "http":
         raise TransferError(f"Unsupported proxy: {place}", hint="Use an http:// proxy")
     return place
@@ -1896,7 +1902,8 @@ def _redirected(place: _Place, location: str) -> _Place:
     try:
         new = _place(urljoin(base, location))
     except ValueError:
-        raise TransferError(f"Refused a redirect to {_redact(location)}", uri=str(place)) from None
+        shown = _redact_bad(location)
+        raise TransferError(f"Refused a redirect to {shown}", uri=str(place)) from None
     if (scheme, new.origin[0]) == ("https", "http"):
         raise TransferError("Refused a redirect from https to http", uri=str(place))
     auth = place.auth if new.origin == place.origin else None
@@ -2381,10 +2388,10 @@ class _File(_Source):
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115  the answer owns it
         except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
-            raise NotFoundError(f"Local path not found: {_printable(self.path)!r}") from None
+            raise NotFoundError(f"Local path not found: {_redact(self.path)!r}") from None
         except OSError as error:
             cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
-            message = f"Cannot read {_printable(self.path)}: {error.strerror}"
+            message = f"Cannot read {_redact(self.path)}: {error.strerror}"
             raise cls(message, errno=error.errno) from None
         size = os.fstat(file.fileno()).st_size
         return _Answer(200, {"content-length": str(size)}, file)
@@ -3889,7 +3896,7 @@ def _local_path(text: str) -> str:
     """Return the absolute path that a path or ``file:`` URI means, ``~`` expanded."""
     scheme = _scheme(text)
     if scheme not in ("", "file"):
-        raise ValueError(f"Unsupported URL or file path: {_redact(text)!r}")
+        raise ValueError(f"Unsupported URL or file path: {_redact_bad(text)!r}")
     path = _file_path(text) if scheme else os.path.expanduser(text)
     return os.path.abspath(path) if path else ""
 
@@ -4174,7 +4181,7 @@ def get_json_url(url: str) -> dict[str, Any]:
         Not an http(s) URL. All else is as in `get_json_s3`.
     """
     if _scheme(_text(url)) not in ("http", "https"):
-        raise ValueError(f"Not an http(s) URL: {_redact(_text(url))!r}")
+        raise ValueError(f"Not an http(s) URL: {_redact_bad(_text(url))!r}")
     return _load_json(_target(_text(url)), _Access())
 
 
@@ -5536,7 +5543,7 @@ def _local(text: str) -> LocalizedResource:
     except (OSError, ValueError):
         size = None
     if size is None:
-        raise NotFoundError(f"Local path not found: {_printable(text)!r}")
+        raise NotFoundError(f"Local path not found: {_redact(text)!r}")
     return LocalizedResource(path, False, "local", "local", text, None, size)
 
 

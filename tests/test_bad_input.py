@@ -38,6 +38,7 @@ NOT_S3 = "Not a valid S3 URI"
 BAD_URIS: list[tuple[Any, type[Exception], str]] = [
     ("", FileNotFoundError, "Local path not found: ''"),
     ("no/such/file", s3c.NotFoundError, "Local path not found: .*no/such/file"),
+    (" https://host/key?sig", s3c.NotFoundError, "Local path not found: .* https:/+host/key'$"),
     ("s3://", ValueError, NOT_S3),
     ("s3://bucket", ValueError, NOT_S3),
     ("s3://bucket/", ValueError, NOT_S3),

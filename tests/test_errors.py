@@ -372,6 +372,7 @@ FAILURES: dict[str, Callable[[Server], object]] = {
     "loop": lambda server: server.always(302, headers={"Location": f"/a?{SECRET}"}),
     "to ftp": lambda server: server.always(302, headers={"Location": f"ftp://u:{SECRET}@h/"}),
     "to nowhere": lambda server: server.always(302, headers={"Location": f"http://u:{SECRET}@/"}),
+    "to a bad port": lambda server: server.always(302, headers={"Location": f"//h:bad/?{SECRET}"}),
     "to a bad host": lambda server: server.always(
         302, headers={"Location": f"http://u:{SECRET}@a b/?{SECRET}"}
     ),
@@ -417,14 +418,35 @@ REFUSED_URLS = [
     f"http://user:{SECRET}#b@127.0.0.1:1/x",
     f"ftp://user:{SECRET}@host/x?{SECRET}",
     f"s3://user:{SECRET}@bucket/key",
+    f"s3://user:{SECRET}/b@bucket/key",
+    f"ftp://user:a/{SECRET}@host/x",
 ]
 
 
 @pytest.mark.usefixtures("no_leak")
 @pytest.mark.parametrize("url", REFUSED_URLS)
 def test_a_refused_url_shows_no_password_either(get: Callable[..., Any], url: str) -> None:
-    for call in (get, s3c.get_json):
+    for call in (get, s3c.get_json, s3c.get_json_url):
         with pytest.raises(ValueError) as caught:  # noqa: PT011  what it says is tested below
+            call(url)
+        assert SECRET not in told(caught.value)
+
+
+MISTYPED_URLS = [
+    f" https://user:{SECRET}@127.0.0.1:1/x.json",
+    f" https://127.0.0.1:1/x.json?X-Amz-Signature={SECRET}",
+    f"http:/127.0.0.1:1/x?sig={SECRET}",
+    f"http:/127.0.0.1:1/x?sig={SECRET * 60}",
+]
+
+
+@pytest.mark.usefixtures("no_leak")
+@pytest.mark.parametrize("url", MISTYPED_URLS, ids=range(4))
+def test_a_url_that_is_taken_for_a_path_shows_no_secret_either(
+    get: Callable[..., Any], url: str
+) -> None:
+    for call in (get, s3c.get_json, s3c.get_json_url):
+        with pytest.raises((s3c.S3CacheError, ValueError)) as caught:
             call(url)
         assert SECRET not in told(caught.value)
 

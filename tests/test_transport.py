@@ -823,13 +823,18 @@ def test_no_proxy_is_obeyed(
     assert len(server.seen) == 1
 
 
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "https://127.0.0.1:1", "http://"])
+UNUSABLE_PROXIES = ["socks5://127.0.0.1:1080", "https://127.0.0.1:1", "http://"]
+UNUSABLE_PROXIES += ["http://user:sesame/x@127.0.0.1:3128", "user:sesame@127.0.0.1:port"]
+
+
+@pytest.mark.parametrize("proxy", UNUSABLE_PROXIES)
 def test_a_proxy_we_cannot_use_is_said_so(
     proxy: str, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", proxy)
     error = failing(get, "http://far.example/a")
     assert "proxy" in str(error).lower()
+    assert "sesame" not in str(error)
     assert error.attempts == 1
 
 
