@@ -1552,7 +1552,11 @@ def _dial(origin: Origin, deadline: float) -> Socket:
         left = min(_CONNECT_TIMEOUT, deadline - time.monotonic())
         if left <= 0:
             raise TimeoutError
-        sock = socket.socket(family, kind, proto)
+        try:
+            sock = socket.socket(family, kind, proto)
+        except OSError as error:  # a kernel without IPv6 has its addresses, too
+            last = error
+            continue
         try:
             sock.settimeout(left)
             sock.connect(address)

@@ -128,6 +128,17 @@ def test_every_address_of_a_name_is_tried(
     assert get(f"http://somewhere.example:{server.port}/a").size == 1
 
 
+@pytest.mark.usefixtures("no_retries")
+def test_an_address_of_a_family_that_the_system_lacks_is_skipped(
+    server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = socket.getaddrinfo("127.0.0.1", server.port, 0, socket.SOCK_STREAM)
+    found.insert(0, (99, socket.SOCK_STREAM, 0, "", ("::1", server.port)))  # type: ignore[arg-type]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    server.say(200, b"x", etag='"e"')
+    assert get(f"http://somewhere.example:{server.port}/a").size == 1
+
+
 @pytest.mark.parametrize(
     ("number", "attempts"), [(socket.EAI_AGAIN, 9), (socket.EAI_NONAME, 2)], ids=["again", "noname"]
 )
