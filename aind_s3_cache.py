@@ -1576,6 +1576,7 @@ def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None
     login = f"Proxy-Authorization: {proxy.auth}\r\n" if proxy.auth else ""
     target = place.address
     sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{login}\r\n".encode("latin-1"))
+    sock.settimeout(_STALL_TIMEOUT)  # as `receive` expects
     wire = _Connection(sock, ())
     status, _, _ = _parse_head(wire.until(b"\r\n\r\n", deadline))
     if status != 200 or wire.data:

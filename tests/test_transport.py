@@ -775,6 +775,17 @@ def test_https_goes_through_a_tunnel(
     assert tls_server.connections == 1
 
 
+@pytest.mark.usefixtures("no_retries")
+def test_a_proxy_may_take_longer_for_a_tunnel_than_for_a_connection(
+    tls_server: Server, other: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setenv("HTTPS_PROXY", other.url)
+    other.proxy, other.latency = True, 0.6
+    tls_server.say(200, b"x", etag='"e"')
+    assert get(f"{tls_server.url}/a").size == 1
+
+
 def test_a_login_for_the_server_is_not_shown_to_the_proxy(
     tls_server: Server, other: Server, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
