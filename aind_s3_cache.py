@@ -781,6 +781,7 @@ def _basic(userinfo: str) -> str:
     from base64 import b64encode
     from urllib.parse import unquote_to_bytes
 
+    userinfo += "" if ":" in userinfo else ":"
     return "Basic " + b64encode(unquote_to_bytes(userinfo)).decode("ascii")
 
 

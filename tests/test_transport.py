@@ -886,6 +886,12 @@ def test_userinfo_is_sent_as_basic_and_never_resolved(
     assert result.uri == f"http://far.example:{server.port}/a"
 
 
+def test_a_user_without_a_password_has_an_empty_one(server: Server, get: Get) -> None:
+    server.say(200, b"x", etag='"e"')
+    get(server.url.replace("//", "//token@") + "/a")
+    assert server.seen[0].headers["authorization"] == basic("token:")
+
+
 def test_userinfo_of_an_endpoint_is_sent_as_basic(
     server: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
