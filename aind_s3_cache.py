@@ -804,7 +804,10 @@ def _place(url: str) -> _Place:
         target = _quote((path or "/") + rest.partition("#")[0], _TARGET)
     except ValueError:  # UnicodeError is one
         raise bad from None
-    if not name or not _HOST.issuperset(name) or not 0 < number < 65536:
+    # Longer labels and empty ones are no DNS (RFC 1035, 2.3.4), and no text for a resolver.
+    labels = name.removesuffix(".").split(".")
+    whole = all(0 < len(label) < 64 for label in labels) and _HOST.issuperset(name)
+    if not whole or not 0 < number < 65536:
         raise bad
     return _Place((scheme, name.lower(), number), target, _basic(userinfo) if at else None)
 

@@ -55,6 +55,8 @@ BAD_URIS: list[tuple[Any, type[Exception], str]] = [
     ("http://", ValueError, "Not a valid URL"),
     ("https:///path", ValueError, "Not a valid URL"),
     ("http://host:99999/", ValueError, "Not a valid URL"),
+    ("http://a..b/x", ValueError, "Not a valid URL: 'http://a..b/x'"),
+    (f"http://{'a' * 64}.test/x", ValueError, "Not a valid URL"),
     ("http://ho st/", ValueError, "Not a valid URL"),
     ("http://host:port/", ValueError, "Not a valid URL"),
     ("http://user:secret@ho st/?token", ValueError, "Not a valid URL"),

@@ -128,6 +128,27 @@ def test_every_address_of_a_name_is_tried(
     assert get(f"http://somewhere.example:{server.port}/a").size == 1
 
 
+@pytest.mark.parametrize("host", ["under_score.example", "a" * 63 + ".example", "rooted.example."])
+def test_any_name_that_can_be_looked_up_is_asked(
+    host: str, server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = resolving(monkeypatch, "127.0.0.1")
+    server.say(200, b"x", etag='"e"')
+    assert get(f"http://{host}:{server.port}/a").size == 1
+    assert asked == [host]
+
+
+def test_an_address_of_ipv6_stands_in_brackets(get: Get) -> None:
+    try:
+        server = Server(host="::1")
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with server:
+        server.say(200, b"x", etag='"e"')
+        assert get(f"http://[::1]:{server.port}/a").size == 1
+        assert server.seen[0].headers["host"] == f"[::1]:{server.port}"
+
+
 @pytest.mark.usefixtures("no_retries")
 def test_an_address_of_a_family_that_the_system_lacks_is_skipped(
     server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
