@@ -883,7 +883,8 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     clean = "".join(lines).isprintable()
     version, _, rest = lines[0].partition(" ")
     status = _digits(rest[:3])
-    if version not in ("HTTP/1.1", "HTTP/1.0") or not status or len(rest.split(" ")[0]) != 3:
+    known = version in ("HTTP/1.1", "HTTP/1.0") and (clean or _clean(rest))
+    if not known or not status or len(rest.split(" ")[0]) != 3:
         raise TransferError("Malformed answer: not HTTP/1.x", retry="soon")
     headers: dict[str, str] = {}
     for line in lines[1:]:
@@ -1363,6 +1364,8 @@ class _Connection:
         while at < 0:
             if len(data) > _HEAD_LIMIT:
                 raise TransferError("Malformed answer: endless headers")
+            if mark == b"\r\n\r\n" and b"\n\n" in data:  # no CRLF is going to come
+                raise TransferError("Malformed answer: header lines that end in LF alone")
             more = self.receive(deadline)
             if not more:
                 if data:

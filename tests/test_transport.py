@@ -1093,6 +1093,20 @@ def test_each_odd_framing_is_refused(frame: str, server: Server, get: Get, cache
     assert s3c.CacheManager(cache).entries() == []
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_head_whose_lines_end_in_lf_alone_is_refused_at_once(
+    length: int, server: Server, get: Get
+) -> None:
+    """Also where its end comes in two pieces; to wait for a CRLF would take 30 s each time."""
+    lines = head("Content-Length: 2").replace(b"\r\n", b"\n")
+    server.always(raw=[lines[:-length], 0.05, lines[-length:] + b"{}", STALL])
+    with Timer() as timer:
+        error = failing(get, f"{server.url}/a")
+    assert "Malformed answer" in str(error)
+    assert (error.attempts, len(server.seen)) == (1, 1)
+    assert timer.took < 4
+
+
 CUT: dict[str, bytes] = {
     "in the status line": b"HTTP/1.1 20",
     "in the headers": OTHER.encode(),

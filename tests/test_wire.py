@@ -147,6 +147,7 @@ def test_a_head_is_read(head: bytes, expected: tuple[int, dict[str, str], bool])
 BAD_HEADS = [
     *(b"", b"SSH-2.0-x", b"HTTP/2 200 OK", b"HTTP/1.2 200 OK", b"ICY 200 OK", b"http/1.1 200 OK"),
     *(b"HTTP/1.1", b"HTTP/1.1 ", b"HTTP/1.1 2000 OK", b"HTTP/1.1 abc", b"HTTP/1.1 20", b"\r\n"),
+    *(b"HTTP/1.1 200 OK\na: b\n\n<p>", b"HTTP/1.1 200 O\0K"),
     *(b"HTTP/1.1  200 OK", b"HTTP/1.1 200OK", b"HTTP/1.1 -20 OK", b"HTTP/1.1 +20 OK"),
     *(HEAD + b"no colon", HEAD + b": empty name", HEAD + b"a : b", HEAD + b" folded: b"),
     *(HEAD + b"a: b\r\n folded", HEAD + b"a: b\r\n\tfolded", HEAD + b"a: b\rc", HEAD + b"a: b\nc"),
