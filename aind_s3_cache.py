@@ -1739,8 +1739,8 @@ class _Body:
         return size
 
 
-def _read_up_to(body: Reader, limit: int) -> bytes:
-    """Return at most limit bytes of a body, and leave it."""
+def _read_up_to(body: Reader, limit: int, cut: bool = False) -> bytes:
+    """Return at most limit bytes of a body, which may be cut short if so told, and leave it."""
     data, view = bytearray(), memoryview(bytearray(65536))
     try:
         while len(data) < limit:
@@ -1748,9 +1748,17 @@ def _read_up_to(body: Reader, limit: int) -> bytes:
             if not size:
                 break
             data += view[:size]
+    except TransferError:
+        if not cut:
+            raise
     finally:
         body.close()
     return bytes(data[:limit])
+
+
+def _read_error(body: Reader) -> bytes:
+    """Return what comes of an error's body: its status counts, however it ends."""
+    return _read_up_to(body, _ERROR_LIMIT, cut=True)
 
 
 def _framing(method: str, status: int, headers: dict[str, str]) -> tuple[int | None, bool]:
@@ -2073,7 +2081,7 @@ class _Source:
     def _answer(self, status: int, headers: dict[str, str], body: Reader) -> _Answer:
         """Turn an answer into a value, or into the error that it is."""
         if status not in (200, 206, 304, 412, 416):
-            raise self._error(status, headers, _read_up_to(body, _ERROR_LIMIT))
+            raise self._error(status, headers, _read_error(body))
         try:
             return _Answer(status, headers, body)
         except S3CacheError as error:
@@ -2215,7 +2223,7 @@ class _Unsigned(_S3):
         moved = status in (301, 302, 307, 308)
         if not moved and not (status == 400 and "x-amz-bucket-region" in headers):
             return status, headers, body
-        text = _read_up_to(body, _ERROR_LIMIT)
+        text = _read_error(body)
         region = self._region(status, headers, text)
         if region:
             _log(_DEBUG, "%s is in %s", self.bucket, region)
@@ -2240,7 +2248,7 @@ class _Unsigned(_S3):
             query += f"&continuation-token={_quote(token, _WORD)}"
         status, headers, body = self._settled(lambda: _Exchange(self._at("", query), self.env))
         if status != 200:
-            raise self._error(status, headers, _read_up_to(body, _ERROR_LIMIT))
+            raise self._error(status, headers, _read_error(body))
         page = _read_up_to(body, _LIST_LIMIT + 1)
         try:
             if len(page) > _LIST_LIMIT:

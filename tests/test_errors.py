@@ -15,7 +15,7 @@ from typing import Any, Callable
 
 import pytest
 from conftest import BUCKET, Run
-from server import Server
+from server import CLOSE, Server
 from subject import s3c
 
 Publish = Callable[..., str]
@@ -132,6 +132,27 @@ def test_an_answer_becomes_the_same_error_in_every_call(
         assert caught.value.status == status
         assert caught.value.code == (code or {401: "AccessDenied"}.get(status))
         assert caught.value.uri == "s3://bucket/key"
+
+
+CUT_SHORT = {
+    "length": "Content-Length: 500\r\n\r\n<Error>",
+    "chunks": "Transfer-Encoding: chunked\r\n\r\n7\r\n<Err",
+}
+MOVED = "400 Bad Request\r\nx-amz-bucket-region: eu-west-1"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("frame", CUT_SHORT)
+@pytest.mark.parametrize("status", ["404 Not Found", "403 Forbidden", MOVED], ids=lambda s: s[:3])
+@pytest.mark.parametrize("uri", ["{url}/a", "s3://bucket/a", "s3://bucket/dir/"])
+def test_an_error_whose_body_is_cut_short_is_that_error(
+    uri: str, status: str, frame: str, server: Server, get: Callable[..., Any]
+) -> None:
+    server.always(raw=[f"HTTP/1.1 {status}\r\n{CUT_SHORT[frame]}".encode(), CLOSE])
+    with pytest.raises(s3c.S3CacheError) as caught:
+        get(uri.format(url=server.url), anonymous=True)
+    assert (caught.value.status, caught.value.attempts) == (int(status[:3]), 1)
+    assert len(server.seen) <= 2  # the second: whether what is missing is a directory
 
 
 def test_a_missing_url_is_no_s3_error(server: Server, get: Callable[..., Any]) -> None:
