@@ -1978,8 +1978,12 @@ class _Patience:
         self.sleep = sleep or (switch.event.wait if switch else time.sleep)
         self.attempt, self.since = 0, clock()
 
-    def progress(self) -> None:
+    def heard(self) -> None:
+        """Count the time from now on, for bytes came; not the attempts, for they may be in vain."""
         self.since = self.clock()
+
+    def progress(self) -> None:
+        self.heard()
         self.attempt = 0
 
     def after(self, error: S3CacheError) -> None:
@@ -2667,6 +2671,7 @@ def _pull(source: _Source, answer: _Answer, sink: _Sink, stop: int, patience: _P
                 if not size:
                     raise TransferError("Body cut short", uri=source.uri, retry="soon")
                 sink.took(size)
+                patience.heard()
                 if sink.at > best and _is_strong(etag):  # what comes again is no progress
                     best = sink.at
                     patience.progress()
@@ -2683,13 +2688,14 @@ def _pull(source: _Source, answer: _Answer, sink: _Sink, stop: int, patience: _P
             sink.rewind()
 
 
-def _pull_to_end(answer: _Answer, sink: _Chunks) -> None:
+def _pull_to_end(answer: _Answer, sink: _Chunks, patience: _Patience) -> None:
     """Read a body of unknown length: what breaks it is raised, since nothing can be resumed."""
     while True:
         size = answer.body.readinto(sink.room(None))
         if not size:
             return sink.end()
         sink.took(size)
+        patience.heard()
 
 
 def _digests(source: _Source, answer: _Answer) -> list[tuple[str, bytes]]:
@@ -4998,7 +5004,7 @@ class _Fetch:
         try:
             sink = _Chunks(file, 0, self.tally)
             if total is None:
-                _pull_to_end(answer, sink)
+                _pull_to_end(answer, sink, self.patience)
             else:
                 _pull(self.source, answer, sink, total, self.patience)
             for name, promised in digests:

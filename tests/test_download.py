@@ -410,6 +410,27 @@ def test_without_a_strong_etag_nothing_is_resumed(
     assert {start for start, _ in ranges(server)} == {0}
 
 
+@pytest.mark.parametrize("frame", ["Content-Length: 99", "Transfer-Encoding: chunked"])
+def test_what_cannot_be_resumed_is_retried_however_long_it_took_to_break(
+    frame: str, server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_RETRY_TOTAL", 0.8)
+    head = f'HTTP/1.1 200 OK\r\nETag: W/"e"\r\n{frame}\r\n\r\n'.encode()
+    server.say(raw=[head + b"4\r\n12", 1.0, b"34\r\n", CLOSE])
+    server.say(200, b"whole", etag='W/"e"')
+    assert get(f"{server.url}/a").path.read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("frame", [{}, {"Transfer-Encoding": "chunked"}], ids=["length", "chunks"])
+def test_what_cannot_be_resumed_is_not_retried_for_ever(
+    frame: dict[str, str], server: Server, publish: Publish, unsigned: Get, cut: Any
+) -> None:
+    uri = publish(random(SMALL), etag='W/"e"', headers=frame).replace("s3:/", server.url)
+    cut(5000, CLOSE, times=999)
+    with pytest.raises(s3c.TransferError, match=f"after {s3c._RETRIES + 1} attempts"):
+        unsigned(uri)
+
+
 @pytest.mark.parametrize(
     ("kind", "status"),
     [

@@ -406,6 +406,16 @@ def test_patience_ends_by_time_too(patience: Any, clock: Clock) -> None:
         patience.after(failing("soon"))
 
 
+def test_what_came_in_vain_gives_time_but_no_attempts(patience: Any, clock: Clock) -> None:
+    for _ in range(8):
+        clock.now += 61
+        patience.heard()
+        patience.after(failing("soon"))
+    patience.heard()
+    with pytest.raises(s3c.TransferError, match="after 9 attempts"):
+        patience.after(failing("soon"))
+
+
 def test_what_cannot_pass_is_not_waited_for(patience: Any, clock: Clock) -> None:
     for error in (failing("no"), failing("slow", retry_after=3600.0)):
         with pytest.raises(s3c.TransferError) as caught:
