@@ -500,7 +500,7 @@ def _file_path(uri: str) -> str:
     if path.startswith("//"):
         host, slash, rest = path[2:].partition("/")
         path = slash + rest if host.lower() in ("", "localhost") else path
-    path = unquote(path)
+    path = unquote(path, sys.getfilesystemencoding(), "surrogateescape")  # as os.fsdecode
     return path[1:] if os.name == "nt" and path[2:3] == ":" else path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import string
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 
@@ -122,6 +123,13 @@ def test_urls_survive_the_way_through_pathlib(scheme: str, names: list[str]) -> 
 def test_local_paths_survive_the_way_through_pathlib(names: list[str]) -> None:
     path = str(Path("/", *names))
     assert s3c.as_string(*s3c.as_pathlike(path)) == path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+@pytest.mark.parametrize("name", [b"\xff.json", b"%FF", b"\xc3\xa9", b"\xc3\xa9\xff%e9"])
+def test_a_file_uri_names_each_file_that_a_system_of_bytes_can_hold(name: bytes) -> None:
+    path = Path(os.fsdecode(b"/tmp/" + name))
+    assert s3c.as_pathlike(path.as_uri()) == ("file", None, path)
 
 
 @exhaustively
