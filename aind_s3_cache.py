@@ -1009,11 +1009,11 @@ def _parse_error(body: bytes) -> dict[str, str]:
 class _Key:
     """One object of a listing."""
 
-    __slots__ = ("etag", "key", "size")
+    __slots__ = ("etag", "key", "modified", "size")
 
-    def __init__(self, key: str, etag: str, size: int) -> None:
-        # Some servers list the tag without the quotes that they send with the object.
-        self.key, self.size = key, size
+    def __init__(self, key: str, etag: str, size: int, modified: str) -> None:
+        # Some servers list the tag without the quotes that they send with the object, or none.
+        self.key, self.size, self.modified = key, size, modified
         self.etag = _etag({"etag": etag if etag[-1:] == '"' else f'"{etag}"'})
 
 
@@ -1025,7 +1025,7 @@ def _parse_listing(body: bytes) -> tuple[list[_Key], str | None]:
     """
     from urllib.parse import unquote_plus
 
-    wanted = "Key ETag Size Contents EncodingType IsTruncated NextContinuationToken"
+    wanted = "Key ETag Size LastModified Contents EncodingType IsTruncated NextContinuationToken"
     found = _parse_xml(body, frozenset(wanted.split()))
     if not found or found[0][0] != "ListBucketResult":
         raise ValueError("not a listing")
@@ -1040,7 +1040,8 @@ def _parse_listing(body: bytes) -> tuple[list[_Key], str | None]:
             size = _digits(item.get("Size", ""))
             if "Key" not in item or size is None:
                 raise ValueError("a listing with an entry that has no key or size")
-            keys.append(_Key(decode(item["Key"]), item.get("ETag", ""), size))
+            etag, modified = item.get("ETag", ""), item.get("LastModified", "")
+            keys.append(_Key(decode(item["Key"]), etag, size, modified))
             item = {}
     more = once.get("IsTruncated") == "true"
     token = once.get("NextContinuationToken")
@@ -2393,7 +2394,9 @@ class _Signed(_S3):
             "list_objects_v2", Bucket=self.bucket, Prefix=prefix, ContinuationToken=token
         )
         found = page.get("Contents", ())
-        keys = [_Key(k["Key"], k.get("ETag", ""), k["Size"]) for k in found]
+        keys = [
+            _Key(k["Key"], k.get("ETag", ""), k["Size"], str(k.get("LastModified"))) for k in found
+        ]
         return keys, page.get("NextContinuationToken") if page.get("IsTruncated") else None
 
     def child(self, key: str) -> _S3:
@@ -5394,7 +5397,8 @@ class _Tree:
         names = _tree_names(keys, self.prefix, False)
         size = sum(key.size for key in keys)
         # The listing is the identity of the snapshot: an unchanged one finds its directory.
-        lines = (f"{name}\0{key.etag}\0{key.size}" for name, key in zip(names, keys))
+        versions = (f"{key.etag or key.modified}\0{key.size}" for key in keys)
+        lines = (f"{name}\0{version}" for name, version in zip(names, versions))
         access = "p" if self.source.signed else "o"
         head = f"{self.id}_{access}{_digest(*lines)[:16]}_{len(keys):x}_{size:x}_"
         tail = _tail(self.source.name, _NAME_LIMIT - len(head))

@@ -616,6 +616,14 @@ def test_a_link_that_is_there_already_is_not_written_through(tmp_path: Path) -> 
     assert other.read_bytes() == b"other"
 
 
+def test_a_listing_without_etags_tells_versions_by_date(server: Server, get: Get) -> None:
+    for content in (b"old", b"new"):
+        etag = f'"{content.decode()}"'
+        server.put(BUCKET, "data.zarr/x", content, etag=None, headers={"ETag": etag})
+        result = get()
+        assert (result.status, contents(result.path)) == ("downloaded", {"x": content})
+
+
 def test_a_manager_sees_trees(put_tree: Get, get: Get, cache: Path) -> None:
     put_tree()
     root = get().path
