@@ -356,7 +356,9 @@ class S3CacheError(Exception):
     def _also(cls, status: int | None, code: str | None) -> type[Exception] | None:
         """Return the foreign class that callers may catch this error by."""
         botocore = sys.modules.get("botocore.exceptions") if status and code else None
-        return botocore.ClientError if botocore else None
+        # It has no such name yet while another thread imports it, nor have json and logging below.
+        found: type[Exception] | None = getattr(botocore, "ClientError", None)
+        return found
 
     @property
     def response(self) -> dict[str, Any]:
@@ -420,8 +422,8 @@ class InvalidJSONError(S3CacheError, ValueError):
 
     @classmethod
     def _also(cls, status: int | None, code: str | None) -> type[Exception] | None:
-        json = sys.modules.get("json")
-        return json.JSONDecodeError if json else None
+        found: type[Exception] | None = getattr(sys.modules.get("json"), "JSONDecodeError", None)
+        return found
 
 
 class MissingDependencyError(S3CacheError, ImportError):
@@ -449,7 +451,7 @@ def _log(level: int, text: str, *args: object) -> None:
     """Log, without importing ``logging`` into a process that does not use it."""
     # A process that has not imported logging cannot have asked for our lines.
     logging = sys.modules.get("logging")
-    if logging is None:
+    if logging is None or not hasattr(logging, "NullHandler"):  # what we use stands before it
         return
     logger = logging.getLogger(__name__)
     if not logger.handlers:
@@ -2318,10 +2320,10 @@ class _Signed(_S3):
         meta = getattr(client, "meta", None)
         super().__init__(bucket, key, version, str(getattr(meta, "endpoint_url", "")))
         self.client = client
-        botocore = sys.modules.get("botocore")
+        unsigned = getattr(sys.modules.get("botocore"), "UNSIGNED", None)
         version_of = getattr(getattr(meta, "config", None), "signature_version", None)
         # A caller's unsigned client brings public bytes: no reason to hide them.
-        self.signed = botocore is None or version_of is not botocore.UNSIGNED
+        self.signed = unsigned is None or version_of is not unsigned
 
     def translated(self, error: Exception) -> Exception:
         """Return the error of ours for one of botocore's; NoCredentialsError stays what it is."""

@@ -8,7 +8,9 @@ import json
 import logging
 import pickle
 import socket
+import sys
 import traceback
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
@@ -277,6 +279,19 @@ def test_the_clients_own_refusals_are_of_the_family(
         s3c.get_json(BUCKET, "missing", client)
     assert isinstance(caught.value, client_error)
     assert (caught.value.status, caught.value.code) == (404, "NoSuchKey")
+
+
+@pytest.mark.parametrize("name", ["botocore", "botocore.exceptions", "json", "logging"])
+def test_a_module_that_another_thread_is_importing_is_left_alone(
+    name: str, get: Callable[..., Any], publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = publish({})
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))  # what a thread meets meanwhile
+    assert get(uri).status == "downloaded"
+    assert s3c._Signed(None, "bucket", "key", None).signed
+    assert isinstance(s3c.InvalidJSONError("Not valid JSON"), ValueError)
+    with pytest.raises(s3c.NotFoundError):
+        get("s3://bucket/no-such-key")
 
 
 # ==== Pickling ================================================================================
