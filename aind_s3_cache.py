@@ -2195,8 +2195,6 @@ class _Unsigned(_S3):
         self.env = env
         if not self.endpoint:
             self.place_id = ("s3", _dns_suffix(env.region), bucket, key, version or "")
-        if bucket.endswith("--x-s3"):
-            raise ValueError("Directory buckets need signed requests: use anonymous=False")
 
     def _at(self, key: str, query: str) -> _Place:
         """Return where an object, or with an empty key the bucket, is asked for."""
@@ -2431,15 +2429,17 @@ _CLIENTS: dict[tuple[tuple[str, str], ...], Any] = {}
 _NO_CREDENTIALS: dict[tuple[tuple[str, str], ...], float] = {}
 
 
-def _own_client(required: bool, endpoint: str) -> Any:
+def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
     """Return a boto3 client of our own for the present environment, made once.
 
     Where signing is only a second try (not `required`), None without boto3 or credentials; that
     there are none is remembered for a minute, since asking EC2 for them takes seconds elsewhere.
+    Offline it only tells where S3 is, as boto3's files say: it looks for no credentials.
     """
     if endpoint:
         _place(endpoint)  # botocore would show a password in the URL that it refuses
     env = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    env += (("", "offline"),) * offline
     # boto3 clients may be shared by threads, but not be made by two at once (boto3#2750).
     with _CLIENT_LOCK:
         if not required and time.monotonic() - _NO_CREDENTIALS.get(env, -60.0) < 60.0:
@@ -2457,7 +2457,10 @@ def _own_client(required: bool, endpoint: str) -> Any:
                 "Signed access needs boto3",
                 hint='Run: pip install "aind-s3-cache[boto3]", or use anonymous=True',
             ) from None
-        session = boto3.session.Session()
+        # Else EC2 may be asked for keys, and by the mode "auto" for the region.
+        key = "offline" if offline else None
+        mode: Any = {"defaults_mode": "legacy"} if offline else {}
+        session = boto3.session.Session(key, key)
         if session.get_credentials() is None and not required:
             _NO_CREDENTIALS[env] = time.monotonic()
             return None
@@ -2466,6 +2469,7 @@ def _own_client(required: bool, endpoint: str) -> Any:
             max_pool_connections=_IDLE_CONNECTIONS,
             connect_timeout=_CONNECT_TIMEOUT,
             read_timeout=_STALL_TIMEOUT,
+            **mode,
         )
         region = _first_env("AWS_REGION", "AWS_DEFAULT_REGION") or None
         client = session.client("s3", region_name=region, config=config)
@@ -2502,8 +2506,11 @@ def _target(text: str) -> _Target:
 class _Access:
     """Who asks: the caller's ``anonymous`` and ``s3_client``, and the environment of the call."""
 
-    def __init__(self, anonymous: bool | None = None, s3_client: Any = None) -> None:
+    def __init__(
+        self, anonymous: bool | None = None, s3_client: Any = None, offline: bool = False
+    ) -> None:
         self.anonymous, self.client, self.env = anonymous, s3_client, _Env()
+        self.offline = offline  # sources are not read, they only name what may be in the cache
 
     def signs(self, bucket: str) -> bool:
         """Tell whether a bucket is asked with a signature from the first."""
@@ -2518,10 +2525,15 @@ class _Access:
             return
         bucket, key, client = target.bucket, target.key, self.client
         if client is None and self.signs(bucket):
-            client = _own_client(self.anonymous is False, self.env.endpoint)
+            required = self.anonymous is False and not self.offline
+            client = _own_client(required, self.env.endpoint, self.offline)
         if client is None:
+            if bucket.endswith("--x-s3") and not self.offline:
+                raise ValueError("Directory buckets need signed requests: use anonymous=False")
             yield _Unsigned(bucket, key, version, self.env)
-            client = None if self.anonymous else _own_client(False, self.env.endpoint)
+            if self.anonymous or self.offline:
+                return
+            client = _own_client(False, self.env.endpoint)
         if client is not None:
             yield _Signed(client, bucket, key, version)
 
@@ -4111,7 +4123,7 @@ def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
 
 def _load_json(target: _Target, access: _Access) -> dict[str, Any]:
     _import_early()
-    if _is_offline():
+    if access.offline:
         return _cached_json(target, access)
     return access.attempt(target, None, _read_json)
 
@@ -4128,7 +4140,7 @@ def _load_json_s3(
     target = _target(f"s3://{_text(bucket)}/{_text(key)}")
     if target.bucket != bucket:
         raise ValueError(f"Not a valid S3 URI: no bucket can be called {_printable(bucket)!r}")
-    return _load_json(target, _Access(anonymous, s3_client))
+    return _load_json(target, _Access(anonymous, s3_client, _is_offline()))
 
 
 def get_json_s3(
@@ -4213,7 +4225,7 @@ def get_json_url(url: str) -> dict[str, Any]:
     """
     if _scheme(_text(url)) not in ("http", "https"):
         raise ValueError(f"Not an http(s) URL: {_redact_bad(_text(url))!r}")
-    return _load_json(_target(_text(url)), _Access())
+    return _load_json(_target(_text(url)), _Access(offline=_is_offline()))
 
 
 def get_json(
@@ -4427,10 +4439,10 @@ class _Options:
         if version_id is not None and not isinstance(version_id, str):
             raise TypeError("version_id must be str")
         self.store = _Store(_cache_dir(cache_dir))
-        self.access = _Access(anonymous, s3_client)
+        self.offline = _is_offline(offline)
+        self.access = _Access(anonymous, s3_client, self.offline)
         self.max_concurrency, self.threshold = max_concurrency, multipart_threshold_bytes
         self.max_age, self.stale_if_error = max_age, stale_if_error
-        self.offline = _is_offline(offline)
         self.version = version_id
         self.meter = _meter(None)
         self.switch: _Stop | None = None

@@ -667,6 +667,71 @@ def test_json_offline_obeys_anonymous_too(
     failing(s3c.get_json, uri, s3c.OfflineError, anonymous=True)
 
 
+# ==== Offline =================================================================================
+
+
+@NEEDS_BOTO3
+@pytest.mark.parametrize("mode", ["", "auto"])
+def test_offline_a_signed_call_asks_nobody_for_credentials(
+    mode: str, server: Server, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = publish({}, "tree/a")
+    paths = [s3c.get_local_path_for_resource(name).path for name in (uri, uri[:-1])]
+    server.reset()
+    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED")
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", server.url)
+    monkeypatch.setenv("AWS_DEFAULTS_MODE", mode)
+    monkeypatch.setenv("AIND_S3_CACHE_OFFLINE", "1")
+    results = s3c.get_local_paths_for_resources([uri, uri[:-1]], anonymous=False)
+    assert [result.path for result in results] == paths
+    assert s3c.get_json(uri, anonymous=False) == {}
+    assert server.seen == []
+
+
+def test_offline_a_signed_call_needs_no_boto3(
+    publish: Publish, get: Get, run_python: Run, cache: Path
+) -> None:
+    uri, code = publish({}), BLOCKED.replace("anonymous={anonymous}", "offline=True, {anonymous}")
+    get(uri)
+    assert run_python(code.format(anonymous="anonymous=False"), uri, cache).stdout == ""
+
+
+CHINA = "[default]\nregion = cn-north-1\n"
+LAB = "[default]\nendpoint_url = http://127.0.0.1:9/s3/\n"
+
+
+@NEEDS_BOTO3
+@pytest.mark.usefixtures("keys")
+@pytest.mark.parametrize("bucket", ["bucket", "name--usw2-az1--x-s3"])
+@pytest.mark.parametrize(
+    ("variables", "config"),
+    [
+        *(({}, config) for config in ("", CHINA, LAB)),
+        *(({"AWS_REGION": region}, "") for region in ("us-west-2", "cn-north-1", "us-iso-east-1")),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9/s3/"}, ""),
+        ({"AWS_ENDPOINT_URL": "https://s3.us-west-2.amazonaws.com"}, CHINA),
+    ],
+    ids=str,
+)
+def test_offline_an_object_has_the_name_that_it_has_signed(
+    variables: dict[str, str],
+    config: str,
+    bucket: str,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (home / "no-config").write_text(config)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    target = s3c._target(f"s3://{bucket}/key")
+    online = next(s3c._Access(False).sources(target, None)).place_id
+    assert next(s3c._Access(False, offline=True).sources(target, None)).place_id == online
+    monkeypatch.setitem(sys.modules, "boto3.session", None)
+    monkeypatch.setattr(s3c, "_CLIENTS", {})
+    without = next(s3c._Access(False, offline=True).sources(target, None)).place_id
+    assert config or without == online
+
+
 # ==== Where S3 is =============================================================================
 
 
