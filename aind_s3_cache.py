@@ -2025,6 +2025,7 @@ class _Patience:
 
 _REGIONS: dict[tuple[str, str], str] = {}  # (endpoint, bucket) -> region, learnt from redirects
 _SIGNED_BUCKETS: set[tuple[str, str]] = set()  # (endpoint, bucket) that refused us unsigned
+_DIRECTORY_BUCKET = "--x-s3", "--xa-s3"  # how the names of such and of their access points end
 
 
 class _Ask:
@@ -2528,7 +2529,7 @@ class _Access:
             required = self.anonymous is False and not self.offline
             client = _own_client(required, self.env.endpoint, self.offline)
         if client is None:
-            if bucket.endswith("--x-s3") and not self.offline:
+            if bucket.endswith(_DIRECTORY_BUCKET) and not self.offline:
                 raise ValueError("Directory buckets need signed requests: use anonymous=False")
             yield _Unsigned(bucket, key, version, self.env)
             if self.anonymous or self.offline:
@@ -2719,15 +2720,17 @@ def _digests(source: _Source, answer: _Answer) -> list[tuple[str, bytes]]:
     """Return (algorithm, digest) that S3 promises of the whole object.
 
     An ETag is an MD5 only of an object sent in one part and not encrypted with KMS or by the
-    customer (S3 API, "Object ETag"). A checksum header counts on an answer that brings the whole
-    object, if it is FULL_OBJECT: with "-" or COMPOSITE it is a checksum of checksums.
+    customer (S3 API, "Object ETag"), and never in a directory bucket, where it is random. A
+    checksum header counts on an answer that brings the whole object, if it is FULL_OBJECT: with "-"
+    or COMPOSITE it is a checksum of checksums.
     """
-    if source.kind != "s3":
+    if not isinstance(source, _S3):
         return []
     headers, found = answer.headers, []
     md5 = (answer.etag or "").strip('"')
     sealed = headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
     sealed = sealed or "x-amz-server-side-encryption-customer-algorithm" in headers
+    sealed = sealed or source.bucket.endswith(_DIRECTORY_BUCKET)
     if len(md5) == 32 and _HEX.issuperset(md5) and not sealed:
         found.append(("md5", bytes.fromhex(md5)))
     if answer.status == 206 and not answer.whole:

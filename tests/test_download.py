@@ -737,6 +737,20 @@ def test_an_etag_that_is_no_md5_is_not_checked(
     assert unsigned(uri).path.read_bytes() == data
 
 
+@pytest.mark.boto3
+@SIZES
+@pytest.mark.parametrize("end", ["x", "xa"])
+def test_an_etag_of_a_directory_bucket_is_no_md5(
+    end: str, size: int, server: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_S3_DISABLE_EXPRESS_SESSION_AUTH", "true")  # one request, one answer
+    data = random(size)
+    uri = publish(data, bucket=f"name--usw2-az1--{end}-s3", etag=f'"{md5(b"other")}"')
+    client = new_client(server.url)
+    assert get(uri, s3_client=client).path.read_bytes() == data
+    client.close()
+
+
 def test_an_etag_of_a_url_is_no_checksum(server: Server, publish: Publish, get: Get) -> None:
     uri = publish(b"data", etag=f'"{md5(b"other")}"').replace("s3:/", server.url)
     assert get(uri).path.read_bytes() == b"data"
