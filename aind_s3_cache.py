@@ -2433,8 +2433,8 @@ _NO_CREDENTIALS: dict[tuple[tuple[str, str], ...], float] = {}
 def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
     """Return a boto3 client of our own for the present environment, made once.
 
-    Where signing is only a second try (not `required`), None without boto3 or credentials; that
-    there are none is remembered for a minute, since asking EC2 for them takes seconds elsewhere.
+    Where signing is only a second try (not `required`), None without boto3 or credentials that
+    work; that is remembered for a minute, since asking EC2 for them takes seconds elsewhere.
     Offline it only tells where S3 is, as boto3's files say: it looks for no credentials.
     """
     if endpoint:
@@ -2450,6 +2450,7 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
         try:
             with _IMPORTS:
                 import boto3.session  # pyright: ignore[reportMissingImports]
+                from botocore import exceptions  # pyright: ignore[reportMissingImports]
                 from botocore.config import Config  # pyright: ignore[reportMissingImports]
         except ImportError:
             if not required:
@@ -2458,24 +2459,40 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
                 "Signed access needs boto3",
                 hint='Run: pip install "aind-s3-cache[boto3]", or use anonymous=True',
             ) from None
-        # Else EC2 may be asked for keys, and by the mode "auto" for the region.
-        key = "offline" if offline else None
-        mode: Any = {"defaults_mode": "legacy"} if offline else {}
-        session = boto3.session.Session(key, key)
-        if session.get_credentials() is None and not required:
+        try:
+            # Else EC2 may be asked for keys, and by the mode "auto" for the region.
+            key = "offline" if offline else None
+            mode: Any = {"defaults_mode": "legacy"} if offline else {}
+            session = boto3.session.Session(key, key)
+            credentials = session.get_credentials()
+            if credentials is not None:
+                try:
+                    credentials.get_frozen_credentials()  # those that have expired say so here
+                except (exceptions.ConnectionError, exceptions.HTTPClientError):
+                    pass  # the request meets it again, and is retried
+            elif not required:
+                _NO_CREDENTIALS[env] = time.monotonic()
+                return None
+            config = Config(
+                retries={"total_max_attempts": 1},  # we retry, with what we know of the transfer
+                max_pool_connections=_IDLE_CONNECTIONS,
+                connect_timeout=_CONNECT_TIMEOUT,
+                read_timeout=_STALL_TIMEOUT,
+                **mode,
+            )
+            region = _first_env("AWS_REGION", "AWS_DEFAULT_REGION") or None
+            client = session.client("s3", region_name=region, config=config)
+        except Exception as error:  # botocore's own, and those of what its files name
+            text = f"boto3 cannot be set up ({type(error).__name__})"
+            if not isinstance(error, ValueError):  # which may show a URL with its password
+                text += f": {_printable(str(error))}"
+            if required:
+                raise S3CacheError(text, hint="Check the AWS configuration") from None
+            _log(_WARNING, "%s", text)
             _NO_CREDENTIALS[env] = time.monotonic()
             return None
-        config = Config(
-            retries={"total_max_attempts": 1},  # we retry, with what we know of the transfer
-            max_pool_connections=_IDLE_CONNECTIONS,
-            connect_timeout=_CONNECT_TIMEOUT,
-            read_timeout=_STALL_TIMEOUT,
-            **mode,
-        )
-        region = _first_env("AWS_REGION", "AWS_DEFAULT_REGION") or None
-        client = session.client("s3", region_name=region, config=config)
         # Kept only with credentials: who logs in meanwhile must not meet the old client.
-        if session.get_credentials() is not None:
+        if credentials is not None:
             _CLIENTS[env] = client
         return client
 

@@ -527,6 +527,19 @@ def test_boto3s_own_errors_hold_no_secret(monkeypatch: pytest.MonkeyPatch, host:
     assert SECRET not in told(caught.value)
 
 
+@pytest.mark.boto3
+@pytest.mark.usefixtures("client_error")
+def test_boto3s_errors_of_its_files_hold_no_secret(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "no-config").write_text(f"[default]\nendpoint_url = user:{SECRET}@host\n")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key")
+    with pytest.raises(s3c.S3CacheError, match="cannot be set up") as caught:
+        s3c.get_json("s3://bucket/key", anonymous=False)
+    assert SECRET not in told(caught.value)
+
+
 def test_the_command_line_shows_no_secret(server: Server, cli: Run) -> None:
     server.put("bucket", "key.json", b"[]")
     for verb in (["get", "--json"], ["get"], ["json"]):

@@ -475,6 +475,66 @@ def test_credentials_of_a_file_and_profile_are_found(
     assert "Credential=of-the-lab/" in server.seen[0].headers["authorization"]
 
 
+PROCESS = f'[default]\ncredential_process = "{sys.executable}" -c '
+CONFIGS = [
+    ("ProfileNotFound", {"AWS_PROFILE": "lab"}, ""),
+    ("ConfigParseError", {}, "nonsense"),
+    ("CredentialRetrievalError", {}, PROCESS + '"exit(1)"'),
+    ("FileNotFoundError", {}, "[default]\ncredential_process = /no/such/program"),
+    ("SSOTokenLoadError", {}, "[default]\nsso_start_url = http://127.0.0.1:9\nsso_region = r\n"
+     "sso_account_id = 1\nsso_role_name = r"),
+    ("JSONDecodeError", {}, PROCESS + '"print()"'),
+]  # fmt: skip
+
+
+@pytest.fixture(params=CONFIGS, ids=[name for name, _, _ in CONFIGS])
+def broken(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A configuration of boto3 that it cannot use, by the error that it raises."""
+    pytest.importorskip("boto3")
+    name, variables, config = request.param
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    (home / "no-config").write_text(config)
+    return str(name)
+
+
+@NEEDS_BOTO3
+def test_a_broken_configuration_leaves_a_refusal_a_refusal(
+    broken: str, server: Server, publish: Publish, get: Get, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = publish({}, private=True)
+    for ask in (get, s3c.get_json):
+        assert failing(ask, uri, s3c.AccessDeniedError).status == 403
+    assert signed(server) == [False, False]
+    ours = [record.getMessage() for record in caplog.records if record.name == s3c.__name__]
+    assert [broken in message for message in ours] == [True]  # looked at once
+
+
+@NEEDS_BOTO3
+def test_a_broken_configuration_is_named_where_a_signature_is_asked_for(
+    broken: str, server: Server, publish: Publish, get: Get
+) -> None:
+    error = failing(get, publish({}), s3c.S3CacheError, anonymous=False)
+    assert f"boto3 cannot be set up ({broken})" in str(error)
+    assert server.seen == []
+
+
+@NEEDS_BOTO3
+@pytest.mark.usefixtures("quick")
+def test_credentials_that_cannot_be_fetched_now_are_no_refusal(
+    server: Server, publish: Publish, get: Get, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("boto3")
+    (home / "token").write_text("token")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(home / "token"))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/lab")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for anonymous in (None, False):
+        error = failing(get, publish({}, private=True), s3c.TransferError, anonymous=anonymous)
+        assert "could not reach" in str(error)
+
+
 BLOCKED = """
 import sys
 sys.modules["boto3"] = None
