@@ -2421,8 +2421,10 @@ class _File(_Source):
             cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
             message = f"Cannot read {_redact(self.path)}: {error.strerror}"
             raise cls(message, errno=error.errno) from None
-        size = os.fstat(file.fileno()).st_size
-        return _Answer(200, {"content-length": str(size)}, file)
+        found = os.fstat(file.fileno())
+        # Pipes, devices and files of /proc say 0 and are read to their end.
+        known = stat.S_ISREG(found.st_mode) and found.st_size > 0
+        return _Answer(200, {"content-length": str(found.st_size)} if known else {}, file)
 
 
 _CLIENT_LOCK = threading.Lock()

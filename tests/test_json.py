@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 import time
 import tracemalloc
 import warnings
@@ -100,6 +101,30 @@ def test_a_localized_resource_is_a_file_too(server: Server, publish: Publish, ca
     server.reset()
     assert s3c.get_json(result) == DOCUMENT
     assert server.seen == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a pipe with a name in the file system")
+def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_bytes, args=[TEXT.encode()])
+    writer.start()
+    assert s3c.get_json(fifo) == DOCUMENT
+    writer.join()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdin"), reason="no /dev/stdin here")
+def test_standard_input_is_a_file_too(cli: Run) -> None:
+    assert json.loads(cli("json", "/dev/stdin", input=TEXT).stdout) == DOCUMENT
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc here")
+def test_a_file_that_does_not_say_its_size_is_read(tmp_path: Path) -> None:
+    with pytest.raises(s3c.InvalidJSONError, match="Extra data"):  # behind the first number
+        s3c.get_json("/proc/self/stat")
+    (tmp_path / "empty").touch()
+    with pytest.raises(s3c.InvalidJSONError, match="Expecting value"):
+        s3c.get_json(tmp_path / "empty")
 
 
 def test_a_missing_file_is_said_in_the_words_of_0_1(tmp_path: Path) -> None:
