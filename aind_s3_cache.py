@@ -2073,6 +2073,7 @@ class _Source:
     what = "URL"
     kind = "http"
     signed = False  # what it brings must stay private
+    keyed = False  # it signs with somebody's keys: whoever has none may be told to come with them
     uri = ""
     name = ""  # the object's own name, to be cleaned before it names a file
     version: str | None = None
@@ -2105,12 +2106,12 @@ class _Source:
         said = _parse_error(body) if self.kind == "s3" else {}
         code = code or said.get("Code") or (_S3_CODES.get(status) if self.kind == "s3" else None)
         retry = _retry_kind(status, code)
-        if status == 400 and code in _UNSIGNED_CODES and not self.signed:
+        if status == 400 and code in _UNSIGNED_CODES and not self.keyed:
             cls = AccessDeniedError
         if status >= 500 or retry != "no":
             cls = TransferError
         hint = _HINTS.get(code or "", "")
-        if self.signed and code == "AccessDenied":
+        if self.keyed and code == "AccessDenied":
             hint = "Missing, or these credentials may not read it"
         elif status == 511:
             hint = "The network wants a login first (captive portal)"
@@ -2168,6 +2169,7 @@ class _S3(_Source):
         self.bucket, self.key, self.version, self.endpoint = bucket, key, version, endpoint
         self.uri = f"s3://{bucket}/{key}"
         self.name = key.rstrip("/").rpartition("/")[2]
+        self.signed = "@" in endpoint  # a login, without which nobody finds the entry again
         self.place_id = ("s3", _endpoint_id(endpoint), bucket, key, version or "")
 
     def _answer(self, status: int, headers: dict[str, str], body: Reader) -> _Answer:
@@ -2322,7 +2324,8 @@ class _Signed(_S3):
         unsigned = getattr(sys.modules.get("botocore"), "UNSIGNED", None)
         version_of = getattr(getattr(meta, "config", None), "signature_version", None)
         # A caller's unsigned client brings public bytes: no reason to hide them.
-        self.signed = unsigned is None or version_of is not unsigned
+        self.keyed = unsigned is None or version_of is not unsigned
+        self.signed = self.signed or self.keyed
 
     def translated(self, error: Exception) -> Exception:
         """Return the error of ours for one of botocore's; NoCredentialsError stays what it is."""
@@ -2571,7 +2574,7 @@ class _Access:
                 source = following
             else:
                 chain = self.anonymous is None and self.client is None
-                if chain and source.signed and target.kind == "s3":
+                if chain and source.keyed:
                     _SIGNED_BUCKETS.add((self.env.endpoint, target.bucket))
                 return result
 

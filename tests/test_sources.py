@@ -727,6 +727,51 @@ def test_json_offline_obeys_anonymous_too(
     failing(s3c.get_json, uri, s3c.OfflineError, anonymous=True)
 
 
+@pytest.fixture
+def login(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endpoint with a user and a password."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url.replace("//", "//user:sesame@"))
+
+
+@pytest.mark.usefixtures("login")
+@pytest.mark.parametrize("anonymous", [None, True])
+def test_what_a_login_in_the_endpoint_brings_is_for_the_owner_only(
+    anonymous: bool | None, server: Server, publish: Publish, get: Get
+) -> None:
+    uri = publish({}, "tree/a")
+    first, tree = (get(name, anonymous=anonymous).path for name in (uri, uri[:-1]))
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (first, tree / "a")} == {0o600}
+    assert stat.S_IMODE(tree.stat().st_mode) == 0o700
+    for other in (None, True):
+        assert get(uri, anonymous=other).status == "revalidated"
+        assert get(uri[:-1], anonymous=other, offline=True).path == tree
+        assert get(uri, anonymous=other, max_age=60).path == first
+    assert set(signed(server)) == {True}
+
+
+@pytest.mark.usefixtures("login")
+@pytest.mark.parametrize(
+    ("status", "code"), [(403, "AccessDenied"), (400, "MissingSecurityHeader")]
+)
+def test_a_login_in_the_endpoint_is_no_signature(
+    status: int, code: str, server: Server, get: Get
+) -> None:
+    server.say(status, code=code)
+    error = failing(get, f"s3://{BUCKET}/a", s3c.AccessDeniedError)
+    assert "these credentials" not in str(error)
+
+
+@NEEDS_BOTO3
+def test_a_login_of_a_client_that_does_not_sign_makes_private_too(
+    server: Server, publish: Publish, get: Get
+) -> None:
+    botocore = pytest.importorskip("botocore")
+    url = server.url.replace("//", "//user:sesame@")
+    client = new_client(url, signature_version=botocore.UNSIGNED)
+    assert stat.S_IMODE(get(publish({}), s3_client=client).path.stat().st_mode) == 0o600
+    client.close()
+
+
 # ==== Offline =================================================================================
 
 
