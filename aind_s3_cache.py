@@ -728,6 +728,7 @@ _HINTS = {
     "NoSuchBucket": "Check the bucket's name and the endpoint",
     "InvalidObjectState": "The object is archived: restore it first",
     "PermanentRedirect": "Set AWS_REGION to the bucket's region",
+    "IllegalLocationConstraintException": "Set AWS_REGION to the bucket's region",
 }
 
 
@@ -2209,13 +2210,13 @@ class _Unsigned(_S3):
         path = f"{base.target.rstrip('/')}/{self.bucket}/{_quote(key)}{query}"
         return _Place(base.origin, path, base.auth)
 
-    def _region(self, status: int, headers: dict[str, str], body: bytes) -> str:
+    def _region(self, headers: dict[str, str], body: bytes) -> str:
         """Return the bucket's region that an answer tells; ask the bucket if it does not.
 
         ``Location`` and ``<Endpoint>`` are never used: who controls them would choose the host.
         """
         told = headers.get("x-amz-bucket-region") or _parse_error(body).get("Region", "")
-        if not told and status != 400:
+        if not told:
             exchange = _Exchange(self._at("", ""), self.env, method="HEAD")
             _, headers, reply = exchange.answer()
             reply.close()
@@ -2229,10 +2230,14 @@ class _Unsigned(_S3):
         exchange = begun or ask()
         status, headers, body = exchange.answer()
         moved = status in (301, 302, 307, 308)
-        if not moved and not (status == 400 and "x-amz-bucket-region" in headers):
+        if not moved and status != 400:
             return status, headers, body
         text = _read_error(body)
-        region = self._region(status, headers, text)
+        # What is said of a bucket in a region that accounts have to opt in to; it is not named.
+        opt_in = _parse_error(text).get("Code") == "IllegalLocationConstraintException"
+        if not (moved or opt_in or "x-amz-bucket-region" in headers):
+            raise self._error(status, headers, text)
+        region = self._region(headers, text)
         if region:
             _log(_DEBUG, "%s is in %s", self.bucket, region)
             _REGIONS[self.endpoint, self.bucket] = region

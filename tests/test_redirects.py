@@ -281,11 +281,28 @@ def test_the_region_is_remembered_for_the_bucket(aws: Callable[..., Server], get
     assert hosts(server) == ["GET remembered.s3.us-west-2.amazonaws.com"] * 2
 
 
-def test_a_silent_redirect_asks_the_bucket(aws: Callable[..., Server], get: Get) -> None:
-    server = aws("silent")
-    elsewhere(server, 301, b"", {}, head=(301, b"", REGION))
-    assert get("s3://silent/a").size == 4
+OPT_IN = "IllegalLocationConstraintException"
+
+
+@pytest.mark.parametrize(("status", "code"), [(301, ""), (400, OPT_IN)])
+def test_a_silent_redirect_asks_the_bucket(
+    status: int, code: str, aws: Callable[..., Server], get: Get
+) -> None:
+    server = aws(f"silent-{status}")
+    body = s3_error(code, status)[1] if code else b""
+    elsewhere(server, status, body, {}, head=(status, b"", REGION))
+    assert get(f"s3://silent-{status}/a").size == 4
     assert [host.split(" ")[0] for host in hosts(server)] == ["GET", "HEAD", "GET"]
+
+
+def test_a_bucket_of_an_opt_in_region_that_stays_silent_is_an_error(
+    aws: Callable[..., Server], get: Get
+) -> None:
+    server = aws("opt-in")
+    elsewhere(server, *s3_error(OPT_IN, 400), {}, head=(400, b"", {}))
+    error = failing(get, "s3://opt-in/a", s3c.S3CacheError)
+    assert (error.status, error.code) == (400, OPT_IN)
+    assert "AWS_REGION" in str(error)
 
 
 EVIL_REGIONS = ["evil.example/#", "evil.example", "a.b", "us west", "@evil", "a:1", "-", "-x"]
