@@ -6181,6 +6181,8 @@ def _do_ls(args: Any) -> int:
     if args.uri:
         bucket, prefix = parse_s3_uri(args.uri)
         access = _Access(args.anonymous)
+        if _is_offline():
+            raise OfflineError("Keys are not listed offline", uri=args.uri)
 
         def show(source: _Source) -> None:
             assert isinstance(source, _S3)

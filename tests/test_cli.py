@@ -266,6 +266,19 @@ def test_ls_lists_s3_only(run: Callable[..., Said], uri: str) -> None:
     assert (said.code, len(said.err.splitlines())) == (1, 1)
 
 
+def test_ls_offline_lists_the_cache_alone(
+    server: Server, three: list[str], run: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("get", *three)
+    server.reset()
+    monkeypatch.setenv("AIND_S3_CACHE_OFFLINE", "1")
+    said = run("ls", f"s3://{BUCKET}/dir/")
+    assert (said.code, said.out, len(said.err.splitlines())) == (1, "", 1)
+    assert "offline" in said.err
+    assert len(run("ls").lines) == 3
+    assert server.seen == []
+
+
 def test_ls_lists_the_cache(three: list[str], run: Callable[..., Said]) -> None:
     paths = run("get", *three).lines
     said = run("ls")
