@@ -6289,7 +6289,8 @@ def _parser() -> Any:
 def _leave_stdout(code: int) -> int:
     """Send what is still unwritten to nowhere: the interpreter must not complain at exit."""
     try:
-        sys.stdout.flush()
+        if sys.stdout:  # closed from the start, it is None
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code

@@ -585,6 +585,13 @@ def test_a_closed_or_full_stream_is_no_traceback(publish: Publish, redirect: str
     assert done.returncode in ((1,) if "full" in redirect else (0, 1))
 
 
+@posix_only
+def test_an_error_with_stdout_closed_is_one_line(tmp_path: Path) -> None:
+    command = f"'{sys.executable}' '{SUBJECT_FILE}' json '{tmp_path}/not-there' >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+
+
 def interrupt(server: Server, args: list[object], after: int = 1) -> tuple[int, str, str, float]:
     """Send Ctrl-C to a run once the server has sent so many bytes: code, out, err, seconds."""
     command = [sys.executable, str(SUBJECT_FILE), *map(str, args)]
