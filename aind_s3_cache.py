@@ -6059,7 +6059,8 @@ class CacheManager:
 
 # 0.1 was a package: its submodules are this module under three more names, so that
 # `from aind_s3_cache.s3_cache import …` and `mock.patch("aind_s3_cache.s3_cache.…")` work.
-if __name__ != "__main__":
+# Who loads the file by its path need not register the module: then nobody can import from it.
+if __name__ != "__main__" and __name__ in sys.modules:
     for _name in ("json_utils", "s3_cache", "uri_utils"):
         globals()[_name] = sys.modules[f"{__name__}.{_name}"] = sys.modules[__name__]
     del _name

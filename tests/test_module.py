@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import re
 import shutil
@@ -360,7 +360,7 @@ import SUBJECT.uri_utils as uris
 from SUBJECT import s3_cache, json_utils as jsons
 from SUBJECT.s3_cache import *
 import SUBJECT as s3c
-import importlib
+import importlib.util
 assert SUBJECT.uri_utils.join_any is uris.join_any is s3c.join_any is join_any
 assert s3c.s3_cache is s3_cache is importlib.import_module("SUBJECT.s3_cache")
 assert jsons.get_json is get_json is s3c.get_json
@@ -438,6 +438,19 @@ def test_a_vendored_copy_goes_by_its_own_name(
     code = VENDORED.replace("VENDORED", vendored.as_posix())
     done = run_python(code, flags=("-S",), env={"AWS_ENDPOINT_URL": server.url})
     assert done.stdout == "{} key\n"
+
+
+def test_a_file_loaded_by_its_path_need_not_be_registered(server: Server) -> None:
+    server.put("bucket", "key", b"{}")
+    spec = importlib.util.spec_from_file_location("loaded_by_path", SUBJECT_FILE)
+    assert spec
+    assert spec.loader
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    assert loaded.get_json("s3://bucket/key") == {}
+    with pytest.raises(loaded.NotFoundError):
+        loaded.get_json("s3://bucket/missing")
+    assert not [name for name in sys.modules if name.startswith("loaded_by_path")]
 
 
 def test_two_copies_in_one_process_share_a_cache(
