@@ -2073,8 +2073,8 @@ class _Source:
 
     what = "URL"
     kind = "http"
-    signed = False  # what it brings must stay private
-    keyed = False  # it signs with somebody's keys: whoever has none may be told to come with them
+    private = False  # what it brings is for the owner only
+    signed = False  # with keys: whoever has none may be told to come with them
     uri = ""
     name = ""  # the object's own name, to be cleaned before it names a file
     version: str | None = None
@@ -2107,12 +2107,12 @@ class _Source:
         said = _parse_error(body) if self.kind == "s3" else {}
         code = code or said.get("Code") or (_S3_CODES.get(status) if self.kind == "s3" else None)
         retry = _retry_kind(status, code)
-        if status == 400 and code in _UNSIGNED_CODES and not self.keyed:
+        if status == 400 and code in _UNSIGNED_CODES and not self.signed:
             cls = AccessDeniedError
         if status >= 500 or retry != "no":
             cls = TransferError
         hint = _HINTS.get(code or "", "")
-        if self.keyed and code == "AccessDenied":
+        if self.signed and code == "AccessDenied":
             hint = "Missing, or these credentials may not read it"
         elif status == 511:
             hint = "The network wants a login first (captive portal)"
@@ -2141,7 +2141,7 @@ class _HTTP(_Source):
         self.name = unquote(path.rpartition("/")[2])
         self.place_id = ("http", url.partition("#")[0])
         # A password or a presigned query is a credential: what it brings is nobody else's.
-        self.signed = self.place.auth is not None or "?" in self.place.target
+        self.private = self.place.auth is not None or "?" in self.place.target
 
     def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
         return self._answer(*_follow(begun or self.exchange(ask)))
@@ -2170,7 +2170,7 @@ class _S3(_Source):
         self.bucket, self.key, self.version, self.endpoint = bucket, key, version, endpoint
         self.uri = f"s3://{bucket}/{key}"
         self.name = key.rstrip("/").rpartition("/")[2]
-        self.signed = "@" in endpoint  # a login, without which nobody finds the entry again
+        self.private = "@" in endpoint  # a login, without which nobody finds the entry again
         self.place_id = ("s3", _endpoint_id(endpoint), bucket, key, version or "")
 
     def _answer(self, status: int, headers: dict[str, str], body: Reader) -> _Answer:
@@ -2329,8 +2329,8 @@ class _Signed(_S3):
         unsigned = getattr(sys.modules.get("botocore"), "UNSIGNED", None)
         version_of = getattr(getattr(meta, "config", None), "signature_version", None)
         # A caller's unsigned client brings public bytes: no reason to hide them.
-        self.keyed = unsigned is None or version_of is not unsigned
-        self.signed = self.signed or self.keyed
+        self.signed = unsigned is None or version_of is not unsigned
+        self.private = self.private or self.signed
 
     def translated(self, error: Exception) -> Exception:
         """Return the error of ours for one of botocore's; NoCredentialsError stays what it is."""
@@ -2579,7 +2579,7 @@ class _Access:
                 source = following
             else:
                 chain = self.anonymous is None and self.client is None
-                if chain and source.keyed:
+                if chain and source.signed:
                     _SIGNED_BUCKETS.add((self.env.endpoint, target.bucket))
                 return result
 
@@ -4872,13 +4872,13 @@ class _Look:
     )
 
     def __init__(self, source: _Source, opt: _Options) -> None:
-        self.ident, self.place_id = _ident(source.place_id), (source.signed, source.place_id)
+        self.ident, self.place_id = _ident(source.place_id), (source.private, source.place_id)
         self.key, self.landed = (opt.store.root, self.ident), _LANDED.get(self.ident[:2])
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
-        every = source.signed or opt.access.anonymous is not True
+        every = source.private or opt.access.anonymous is not True
         self.entries = self.held = opt.store.find(self.ident, every)
-        if self.entries and not source.signed:
+        if self.entries and not source.private:
             self.held = [entry for entry in self.entries if not entry.private]
         self.asked = False  # ahead
         self.begun: _Exchange | None = None  # its answer is still to be read
@@ -5024,7 +5024,7 @@ class _Fetch:
 
     def _name(self, validator: str, size: int, crc: str) -> str:
         return self.store.name(
-            self.ident, self.source.signed, validator, size, crc, self.source.name
+            self.ident, self.source.private, validator, size, crc, self.source.name
         )
 
     def _small(self, answer: _Answer) -> str:
@@ -5040,14 +5040,14 @@ class _Fetch:
             validator = "n" + sha.hexdigest()[:20]
         crcs = _crcs(sink.view[at : at + _CHUNK] for at in range(0, size, _CHUNK))
         name = self._name(validator, size, _checksum(crcs))
-        return self.store.add(self.ident, name, sink.view, self.source.signed)
+        return self.store.add(self.ident, name, sink.view, self.source.private)
 
     def _stream(self, answer: _Answer) -> str:
         """Write one body to disk in order: of medium size, or of a length nobody knows yet."""
         digests, validator = _digests(self.source, answer), _validator(answer)
         names = [name for name, _ in digests] + ([] if validator else ["sha256"])
         total = answer.total
-        file = _Spool(self.store, self.ident, self.source.signed, total or 0, names)
+        file = _Spool(self.store, self.ident, self.source.private, total or 0, names)
         try:
             sink = _Chunks(file, 0, self.tally)
             if total is None:
@@ -5070,7 +5070,7 @@ class _Fetch:
         """
 
         def found() -> _Entry | None:
-            entries = self.store.find(self.ident, self.source.signed)
+            entries = self.store.find(self.ident, self.source.private)
             return next((entry for entry in entries if _is_same(entry, answer)), None)
 
         switch = self.opt.switch
@@ -5101,8 +5101,8 @@ class _Fetch:
     ) -> tuple[str, bool]:
         """Copy what peers and the dead left of this very version, fetch the rest, publish."""
         source, total, validator = self.source, answer.total or 0, _validator(answer)
-        version = _digest(validator, str(total), str(_CHUNK), str(source.signed))[:16]
-        file = _Partial(self.store, self.ident, version, total, source.signed, alone)
+        version = _digest(validator, str(total), str(_CHUNK), str(source.private))[:16]
+        file = _Partial(self.store, self.ident, version, total, source.private, alone)
         hashes: list[tuple[_Behind, bytes, str]] = []
         try:
             if first:
@@ -5384,7 +5384,7 @@ class _Tree:
         """Return (last validated, path) of the snapshots we hold, newest first."""
         if not self.store.exists():
             return []
-        private = self.source.signed or self.opt.access.anonymous is not True
+        private = self.source.private or self.opt.access.anonymous is not True
         starts = (f"{self.id}_o", f"{self.id}_p") if private else (f"{self.id}_o",)
         held = [p for p in _list(self.store.trees) if os.path.basename(p).startswith(starts)]
         stamped = ((_newest(path, _sidecar(path, "v")), path) for path in held)
@@ -5443,7 +5443,7 @@ class _Tree:
         # The listing is the identity of the snapshot: an unchanged one finds its directory.
         versions = (f"{key.etag or key.modified}\0{key.size}" for key in keys)
         lines = (f"{name}\0{version}" for name, version in zip(names, versions))
-        access = "p" if self.source.signed else "o"
+        access = "p" if self.source.private else "o"
         head = f"{self.id}_{access}{_digest(*lines)[:16]}_{len(keys):x}_{size:x}_"
         tail = _tail(self.source.name, _NAME_LIMIT - len(head))
         path = os.path.join(self.store.trees, head + tail)
@@ -5463,7 +5463,7 @@ class _Tree:
                 self.store.make(self.store.trees)
                 if _folds_case(self.store):
                     _tree_names(keys, self.prefix, True)
-                os.mkdir(aside, 0o700 if self.source.signed else 0o777)
+                os.mkdir(aside, 0o700 if self.source.private else 0o777)
             self.fill(aside, names, keys)
             if self.changed or not _is_whole_tree(aside, names, keys):
                 return False
@@ -5526,7 +5526,7 @@ class _Tree:
                 return entry.path
             with _Flight(self.store, look.ident, opt.switch):
                 if look.is_old():  # what another tree fetches is seen
-                    look.held = self.store.find(look.ident, source.signed)
+                    look.held = self.store.find(look.ident, source.private)
                     entry = self.entry(key, look)
                     if entry:
                         return entry.path
@@ -5575,7 +5575,7 @@ def _cached(source: _Source, opt: _Options, look: _Look | None) -> LocalizedReso
     """Return one object from the cache, from the server, or from whichever of the two can."""
     store = opt.store
     # 1. What we hold.
-    if look is None or look.place_id != (source.signed, source.place_id):
+    if look is None or look.place_id != (source.private, source.place_id):
         look = _Look(source, opt)
     ident, entries, held = look.ident, look.entries, look.held
     # 2. Offline, or young enough: no request.
@@ -5596,7 +5596,7 @@ def _cached(source: _Source, opt: _Options, look: _Look | None) -> LocalizedReso
                 finally:
                     lock.release()
             if old:
-                held = store.find(ident, source.signed)
+                held = store.find(ident, source.private)
             return _Fetch(source, opt, look).run(held)
     except TransferError as error:
         last = held or entries  # private ones, too, as without asking
