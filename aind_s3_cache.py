@@ -2440,6 +2440,36 @@ _CLIENTS: dict[tuple[tuple[str, str], ...], Any] = {}
 _NO_CREDENTIALS: dict[tuple[tuple[str, str], ...], float] = {}
 
 
+def _new_client(required: bool, offline: bool) -> tuple[Any, bool]:
+    """Return a boto3 client, and whether it has credentials; without, only one that is required."""
+    with _IMPORTS:
+        import boto3.session  # pyright: ignore[reportMissingImports]
+        from botocore import exceptions  # pyright: ignore[reportMissingImports]
+        from botocore.config import Config  # pyright: ignore[reportMissingImports]
+
+    # Offline EC2 must not be asked for keys nor, by the mode "auto", for the region.
+    key = "offline" if offline else None
+    mode: Any = {"defaults_mode": "legacy"} if offline else {}
+    session = boto3.session.Session(key, key)
+    credentials = session.get_credentials()
+    if credentials is None and not required:
+        return None, False
+    try:
+        if credentials is not None:
+            credentials.get_frozen_credentials()  # those that have expired say so here
+    except (exceptions.ConnectionError, exceptions.HTTPClientError):
+        pass  # the request meets it again, and is retried
+    config = Config(
+        retries={"total_max_attempts": 1},  # we retry, with what we know of the transfer
+        max_pool_connections=_IDLE_CONNECTIONS,
+        connect_timeout=_CONNECT_TIMEOUT,
+        read_timeout=_STALL_TIMEOUT,
+        **mode,
+    )
+    region = _first_env("AWS_REGION", "AWS_DEFAULT_REGION") or None
+    return session.client("s3", region_name=region, config=config), credentials is not None
+
+
 def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
     """Return a boto3 client of our own for the present environment, made once.
 
@@ -2457,11 +2487,9 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
             return None
         if env in _CLIENTS:
             return _CLIENTS[env]
+        client, lasts = None, False
         try:
-            with _IMPORTS:
-                import boto3.session  # pyright: ignore[reportMissingImports]
-                from botocore import exceptions  # pyright: ignore[reportMissingImports]
-                from botocore.config import Config  # pyright: ignore[reportMissingImports]
+            client, lasts = _new_client(required, offline)
         except ImportError:
             if not required:
                 return None
@@ -2469,29 +2497,6 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
                 "Signed access needs boto3",
                 hint='Run: pip install "aind-s3-cache[boto3]", or use anonymous=True',
             ) from None
-        try:
-            # Else EC2 may be asked for keys, and by the mode "auto" for the region.
-            key = "offline" if offline else None
-            mode: Any = {"defaults_mode": "legacy"} if offline else {}
-            session = boto3.session.Session(key, key)
-            credentials = session.get_credentials()
-            if credentials is not None:
-                try:
-                    credentials.get_frozen_credentials()  # those that have expired say so here
-                except (exceptions.ConnectionError, exceptions.HTTPClientError):
-                    pass  # the request meets it again, and is retried
-            elif not required:
-                _NO_CREDENTIALS[env] = time.monotonic()
-                return None
-            config = Config(
-                retries={"total_max_attempts": 1},  # we retry, with what we know of the transfer
-                max_pool_connections=_IDLE_CONNECTIONS,
-                connect_timeout=_CONNECT_TIMEOUT,
-                read_timeout=_STALL_TIMEOUT,
-                **mode,
-            )
-            region = _first_env("AWS_REGION", "AWS_DEFAULT_REGION") or None
-            client = session.client("s3", region_name=region, config=config)
         except Exception as error:  # botocore's own, and those of what its files name
             text = f"boto3 cannot be set up ({type(error).__name__})"
             if not isinstance(error, ValueError):  # which may show a URL with its password
@@ -2499,11 +2504,10 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
             if required:
                 raise S3CacheError(text, hint="Check the AWS configuration") from None
             _log(_WARNING, "%s", text)
-            _NO_CREDENTIALS[env] = time.monotonic()
-            return None
-        # Kept only with credentials: who logs in meanwhile must not meet the old client.
-        if credentials is not None:
+        if lasts:  # who logs in meanwhile must not meet a client without credentials
             _CLIENTS[env] = client
+        elif client is None:
+            _NO_CREDENTIALS[env] = time.monotonic()
         return client
 
 
