@@ -237,6 +237,7 @@ _AHEAD = 4  # requests sent together before their turn: eight at a time did not 
 _AHEAD_WITHIN = 0.5  # seconds that an object may take for that; a server does not wait for long
 _TURN_WAIT = 0.02  # seconds: a hundred short turns; on a slow file system a turn takes longer
 _CHANGES = 3  # times an object may change under a download before we say so
+_DEAD = 120.0  # seconds without a byte after which whoever wrote a partial file is taken for dead
 _PEER_PATIENCE = 5.0  # seconds a peer's download may stand still before we no longer wait for it
 
 _USE_GRAIN = 3600.0  # seconds between two stamps of last use
@@ -3251,11 +3252,9 @@ class _Store:
             names = os.listdir(self.partial)
         except OSError:
             return []
-        return [
-            os.path.join(self.partial, name[:-4])
-            for name in names
-            if name.startswith(prefix) and name.endswith(".log")
-        ]
+        ours = [n for n in names if n.startswith(prefix) and n.endswith((".data", ".log"))]
+        # Either may be alone: whoever made it was killed between the two.
+        return sorted({os.path.join(self.partial, name.rpartition(".")[0]) for name in ours})
 
     def drop_partials(self, prefix: str) -> None:
         for path in self.partials(prefix):
@@ -3413,8 +3412,9 @@ class _Partial:
     """A large object on its way: a file of our own, and a log of the chunks that are done.
 
     Nobody else ever writes to it. Whoever needs the same object may copy the chunks whose checksum
-    matches, now or after we were killed: no liveness test, no shared inode, no lock. But who has
-    the lock, and so is ``alone``, clears away what the dead left, or every one of them would stay.
+    matches, now or after we were killed: no shared inode, no lock. Who has the lock, and so is
+    ``alone``, clears away what has long stood still, or all that was ever broken off would stay; a
+    peer that lives after all loses its file, and begins anew.
     """
 
     def __init__(
@@ -3425,8 +3425,8 @@ class _Partial:
         self.path = os.path.join(store.partial, self.key + _random())
         with _Disk(store.partial, total):
             store.make(store.partial)
-            if alone and not self._fits():
-                store.drop_partials(self.key)  # rather from the first byte than not at all
+            if not self._fits():
+                self._drop_dead()  # rather from the first byte than not at all
             if not self._fits():
                 raise OSError(errno.ENOSPC, "No space left on device", self.path + ".data")
         self.count = -(-total // _CHUNK)
@@ -3497,13 +3497,18 @@ class _Partial:
     def adopt(self) -> int:
         """Copy what peers and the dead have finished of this object; return the bytes copied."""
         # Peers that live and orphans alike: the checksum decides, not whose it was.
-        copied, others = 0, [p for p in self.store.partials(self.key) if p != self.path]
-        for path in others:
-            copied += self._adopt_from(path)
-            if self._alone:
-                self.store.drop_partials(os.path.basename(path))
-        self.shared = bool(others) and not self._alone
+        copied = sum(map(self._adopt_from, self._others()))
+        self._drop_dead()
+        self.shared = bool(self._others())
         return copied
+
+    def _others(self) -> list[str]:
+        return [path for path in self.store.partials(self.key) if path != self.path]
+
+    def _drop_dead(self) -> None:
+        for path in self._others() if self._alone else ():
+            if time.time() - _newest(path + ".log", path + ".data") > _DEAD:
+                self.store.drop_partials(os.path.basename(path))
 
     def _take_one(self, index: int) -> bool:
         with self.lock:

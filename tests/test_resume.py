@@ -411,6 +411,13 @@ def test_a_change_that_the_server_does_not_mind_is_seen(
 # ==== When partial files stay, and when they go ===============================================
 
 
+def stand_still(cache: Path) -> None:
+    """As if nobody had written to the partial files for some minutes."""
+    for path in parts(cache).glob("*"):
+        at = path.stat().st_mtime - 300
+        os.utime(path, (at, at))
+
+
 def interrupt_at(size: int) -> Callable[[int], None]:
     """Return a progress function that breaks a download off."""
     counts: list[int] = []
@@ -454,6 +461,7 @@ def test_many_that_are_broken_off_leave_one_partial_file(
 ) -> None:
     uri = publish(DATA)
     for at in (4, 5, 6):
+        stand_still(cache)
         with pytest.raises(KeyboardInterrupt):
             get(uri, max_concurrency=2, progress=interrupt_at(at * MiB))
     assert len(list(parts(cache).glob("*.data"))) == 1
@@ -464,6 +472,9 @@ def test_a_disk_without_room_for_both_begins_anew(kill: Any, publish: Publish, m
     """What was killed takes the space that the whole object needs."""
     uri, disk = publish(DATA), mount("size=40m")
     kill(uri, cache=disk)
+    with pytest.raises(s3c.CacheError):  # whoever wrote it may live
+        s3c.get_local_path_for_resource(uri, cache_dir=disk)
+    stand_still(disk)
     found = s3c.get_local_path_for_resource(uri, cache_dir=disk)
     assert found.path.read_bytes() == DATA
 
@@ -570,6 +581,17 @@ def test_orphans_are_collected_by_age(
     assert [entry.kind for entry in manager.entries()] == ["partial"]
     manager.prune()
     assert data.exists() is with_log(data).exists() is stays
+
+
+@pytest.mark.parametrize("ending", [".data", ".log"])
+def test_half_an_orphan_is_collected_too(ending: str, cache: Path) -> None:
+    """Who makes one may be killed between its two files."""
+    parts(cache).mkdir(parents=True)
+    path = parts(cache) / f"{'0' * 20}.{'1' * 16}.2{ending}"
+    path.touch()
+    os.utime(path, (1, 1))
+    assert len(s3c.CacheManager(cache).prune()) == 1
+    assert list(parts(cache).iterdir()) == []
 
 
 def test_a_partial_file_that_grows_is_no_orphan(leave: Any, publish: Publish, cache: Path) -> None:
