@@ -237,7 +237,7 @@ _AHEAD = 4  # requests sent together before their turn: eight at a time did not 
 _AHEAD_WITHIN = 0.5  # seconds that an object may take for that; a server does not wait for long
 _TURN_WAIT = 0.02  # seconds: a hundred short turns; on a slow file system a turn takes longer
 _CHANGES = 3  # times an object may change under a download before we say so
-_DEAD = 120.0  # seconds without a byte after which whoever wrote a partial file is taken for dead
+_DEAD = 30.0  # seconds without a byte after which whoever wrote a partial file is taken for dead
 _PEER_PATIENCE = 5.0  # seconds a peer's download may stand still before we no longer wait for it
 
 _USE_GRAIN = 3600.0  # seconds between two stamps of last use
@@ -256,19 +256,24 @@ def _printable(text: str) -> str:
 
 def _redact(uri: str) -> str:
     """Return a URI fit for logs and messages: no user, password, query or fragment."""
-    # With one slash a URL passes for a path; what follows one letter is a path on that drive.
-    scheme, colon, rest = uri.partition("://" if "://" in uri else ":/")
-    if not colon or len(scheme) == 1 or scheme.lower() in ("s3", "file"):
+    scheme, colon, rest = uri.partition("://")
+    if not colon or scheme.lower() in ("s3", "file"):
         return _printable(uri)
     rest = rest.partition("#")[0].partition("?")[0]
     host, slash, path = rest.partition("/")
-    return _printable(f"{scheme}{colon}{host.rpartition('@')[2]}{slash}{path}")
+    return _printable(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}")
 
 
 def _redact_bad(text: str) -> str:
     """Return what is no usable URL, fit for messages."""
     # A raw "/" in a password moves the "@": then no part of it is safe to show.
     return "…" if "@" in text else _redact(text.partition("?")[0].partition("#")[0])
+
+
+def _redact_path(text: str) -> str:
+    """Return a local path fit for messages: it may be a URL that somebody mistyped."""
+    is_typo = text.strip().lower().startswith(("http", "s3:", "file:"))
+    return _redact_bad(text) if is_typo else _printable(text)
 
 
 _MIXED: dict[tuple[type, type], Any] = {}
@@ -370,8 +375,9 @@ class S3CacheError(Exception):
         }
 
     def __str__(self) -> str:
-        text = f"{self.message}: {self.uri}" if self.uri else self.message
-        tags = [str(tag) for tag in (self.status, self.code) if tag]
+        told = not self.uri or self.uri in self.message
+        text = self.message if told else f"{self.message}: {self.uri}"
+        tags = list(dict.fromkeys(str(tag) for tag in (self.status, self.code) if tag))
         if self.attempts > 1:
             tags.append(f"after {self.attempts} attempts")
         return (
@@ -723,6 +729,7 @@ _UNSIGNED_CODES = {
     "UnsupportedAlgorithm", "MissingSecurityHeader", "MissingAuthenticationToken",
     "AuthorizationQueryParametersError",
 }  # fmt: skip
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"}
 _HINTS = {
     "AccessDenied": "Missing, or not public: without permission to list, S3 says 403 for a missing"
     " key, too. For private data install boto3 and set up credentials",
@@ -2106,14 +2113,17 @@ class _Source:
         """Return the error that an answer means, with the likely cause and the next step."""
         cls = _REFUSALS.get(status, S3CacheError)
         said = _parse_error(body) if self.kind == "s3" else {}
-        code = code or said.get("Code") or (_S3_CODES.get(status) if self.kind == "s3" else None)
+        if self.kind == "s3":  # botocore, too, takes the status for a code that is not told
+            code = code or said.get("Code") or _S3_CODES.get(status, str(status))
         retry = _retry_kind(status, code)
-        if status == 400 and code in _UNSIGNED_CODES and not self.signed:
+        if status == 400 and code in (_EXPIRED_CODES if self.signed else _UNSIGNED_CODES):
             cls = AccessDeniedError
         if status >= 500 or retry != "no":
             cls = TransferError
         hint = _HINTS.get(code or "", "")
-        if self.signed and code == "AccessDenied":
+        if code in _EXPIRED_CODES:
+            hint = "The credentials have expired: log in again, or use anonymous=True"
+        elif self.signed and code == "AccessDenied":
             hint = "Missing, or these credentials may not read it"
         elif status == 511:
             hint = "The network wants a login first (captive portal)"
@@ -2414,22 +2424,23 @@ class _Signed(_S3):
 
 
 class _File(_Source):
-    """A local file, read whole like the others."""
+    """A local file, read whole like the others; ``text`` is what a caller called it."""
 
     what, kind = "Local path", "local"
 
-    def __init__(self, path: str) -> None:
-        self.path = self.uri = path
+    def __init__(self, path: str, text: str) -> None:
+        self.path, self.uri = path, _redact_path(text)
 
     def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115  the answer owns it
         except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
-            raise NotFoundError(f"Local path not found: {_redact(self.path)!r}") from None
+            message = f"Local path not found: {self.uri!r}"
+            raise NotFoundError(message, uri=self.uri) from None
         except OSError as error:
             cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
-            message = f"Cannot read {_redact(self.path)}: {error.strerror}"
-            raise cls(message, errno=error.errno) from None
+            message = f"Cannot read {self.uri}: {error.strerror}"
+            raise cls(message, uri=self.uri, errno=error.errno) from None
         found = os.fstat(file.fileno())
         # Pipes, devices and files of /proc say 0 and are read to their end.
         known = stat.S_ISREG(found.st_mode) and found.st_size > 0
@@ -2458,8 +2469,8 @@ def _new_client(required: bool, offline: bool) -> tuple[Any, bool]:
     try:
         if credentials is not None:
             credentials.get_frozen_credentials()  # those that have expired say so here
-    except (exceptions.ConnectionError, exceptions.HTTPClientError):
-        pass  # the request meets it again, and is retried
+    except (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.ClientError):
+        pass  # the request meets it again, and may be retried
     config = Config(
         retries={"total_max_attempts": 1},  # we retry, with what we know of the transfer
         max_pool_connections=_IDLE_CONNECTIONS,
@@ -2482,6 +2493,8 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
         _place(endpoint)  # botocore would show a password in the URL that it refuses
     env = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     env += (("", "offline"),) * offline
+    if env in _CLIENTS:
+        return _CLIENTS[env]
     # boto3 clients may be shared by threads, but not be made by two at once (boto3#2750).
     with _CLIENT_LOCK:
         if not required and time.monotonic() - _NO_CREDENTIALS.get(env, -60.0) < 60.0:
@@ -3425,8 +3438,8 @@ class _Partial:
         self.path = os.path.join(store.partial, self.key + _random())
         with _Disk(store.partial, total):
             store.make(store.partial)
-            if not self._fits():
-                self._drop_dead()  # rather from the first byte than not at all
+            if alone and not self._fits():
+                store.drop_partials(self.key)  # rather from the first byte than not at all
             if not self._fits():
                 raise OSError(errno.ENOSPC, "No space left on device", self.path + ".data")
         self.count = -(-total // _CHUNK)
@@ -3497,18 +3510,15 @@ class _Partial:
     def adopt(self) -> int:
         """Copy what peers and the dead have finished of this object; return the bytes copied."""
         # Peers that live and orphans alike: the checksum decides, not whose it was.
-        copied = sum(map(self._adopt_from, self._others()))
-        self._drop_dead()
-        self.shared = bool(self._others())
-        return copied
-
-    def _others(self) -> list[str]:
-        return [path for path in self.store.partials(self.key) if path != self.path]
-
-    def _drop_dead(self) -> None:
-        for path in self._others() if self._alone else ():
-            if time.time() - _newest(path + ".log", path + ".data") > _DEAD:
+        copied, others = 0, [p for p in self.store.partials(self.key) if p != self.path]
+        self.shared = bool(others)
+        for path in others:
+            copied += self._adopt_from(path)
+            # On the file system's own clock: hosts may differ by more.
+            idle = os.fstat(self.log).st_mtime - _newest(path + ".log", path + ".data")
+            if self._alone and idle > _DEAD:
                 self.store.drop_partials(os.path.basename(path))
+        return copied
 
     def _take_one(self, index: int) -> bool:
         with self.lock:
@@ -3852,7 +3862,9 @@ class _Keeper(_Store):
         name = os.path.basename(path).split("_", 4)[-1]
         stamp = _newest(path, _sidecar(path, "v"))
         used = max(stamp, _newest(_sidecar(path, "u")))
-        return _Unit(CacheEntry(path, name, "tree", sum(inodes.values()), used, stamp), inodes)
+        private = os.path.basename(path)[21:22] == "p"
+        size = sum(inodes.values())
+        return _Unit(CacheEntry(path, name, "tree", size, used, stamp, None, private), inodes)
 
     def _part(self, path: str) -> _Unit:
         stamp = _newest(path + ".log", path + ".data")
@@ -3930,19 +3942,19 @@ class _Keeper(_Store):
     def verify(self) -> list[CacheEntry]:
         """Remove, and return, objects whose bytes are not what they were, and their trees."""
         units, bad = self.units(), []
-        inodes: set[tuple[int, int]] = set()
         for unit in units:
             path = unit.entry.path
             with _Disk(path):
-                if unit.entry.kind == "object" and _is_damaged(_Entry(path)):
-                    os.unlink(path)
-                    bad.append(unit.entry)
-                    inodes.update(unit.inodes)
-        for unit in units:
-            if unit.entry.kind == "tree" and not inodes.isdisjoint(unit.inodes):
-                _remove_tree(unit.entry.path)
+                if unit.entry.kind != "object" or not _is_damaged(_Entry(path)):
+                    continue
+                # Trees first: when it is gone nothing tells any more that their bytes are bad.
+                for tree in units:
+                    if tree.entry.kind == "tree" and not tree.inodes.keys().isdisjoint(unit.inodes):
+                        _remove_tree(tree.entry.path)
+                        bad.append(tree.entry)
+                os.unlink(path)
                 bad.append(unit.entry)
-        return bad
+        return list(dict.fromkeys(bad))
 
     def clear(self) -> None:
         """Remove all that is ours and nothing else."""
@@ -3963,8 +3975,10 @@ class _Keeper(_Store):
                     os.unlink(path)
                 except FileNotFoundError:
                     pass
-                except IsADirectoryError:  # put aside by _rename
-                    _remove_tree(path)
+                except (IsADirectoryError, PermissionError):  # the latter on macOS and Windows
+                    if not os.path.isdir(path):
+                        raise
+                    _remove_tree(path)  # it was put aside by _rename
             directories = [*_list(self.objects), self.objects, self.partial]
             directories += [self.trees, self.locks, self.root]
             for path in directories:
@@ -4078,8 +4092,8 @@ def _inflate(data: bytes, source: _Source, coding: str) -> bytes:
     """Undo Content-Encoding gzip or deflate, and no more of it than the ceiling (gzip bombs)."""
     import zlib
 
-    if source.kind == "local" and data[:2] == b"\x1f\x8b":  # as it was stored: no JSON begins so
-        coding = "gzip"
+    if source.kind == "local":  # as it was stored: no JSON begins so
+        coding = {b"\x1f": "gzip", b"\x78": "deflate"}.get(data[:1], "")
     for name in reversed(coding.split(",")):
         coding = name.strip().lower()
         if coding in ("", "identity", "aws-chunked"):
@@ -4148,7 +4162,7 @@ def _read_json(source: _Source) -> dict[str, Any]:
 def _is_offline(offline: bool = False) -> bool:
     """Tell whether the caller or AIND_S3_CACHE_OFFLINE forbids the network."""
     flag = os.environ.get("AIND_S3_CACHE_OFFLINE", "")
-    return offline or flag.lower() in ("1", "true", "yes", "on")
+    return bool(offline) or flag.lower() in ("1", "true", "yes", "on")
 
 
 def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
@@ -4156,7 +4170,7 @@ def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
     store = _Store(_default_cache_dir())
     source = next(access.sources(target, None))
     for entry in store.find(_ident(source.place_id), access.anonymous is not True):
-        return _read_json(_File(entry.path))
+        return _read_json(_File(entry.path, target.text))
     raise OfflineError("Not in the cache, and offline", uri=source.uri)
 
 
@@ -4308,7 +4322,7 @@ def get_json(
         return _load_json_s3(*parse_s3_uri(text), s3_client, anonymous, anon)
     if scheme in ("http", "https"):
         return get_json_url(text)
-    return _read_json(_File(_local_path(text)))
+    return _read_json(_File(_local_path(text), text))
 
 
 # ==== 9 Cache =====================================================================================
@@ -5117,7 +5131,7 @@ class _Fetch:
             if first:
                 file.take_first(answer.stop or 0)
             copied = 0 if self.doubted else file.adopt()
-            _log(_INFO, "downloading %s: %d bytes, %d found", source.uri, total, copied)
+            _log(_DEBUG, "downloading %s: %d bytes, %d found", source.uri, total, copied)
             for name, promised in _digests(source, answer):
                 hashes.append((_Behind(file, name), promised, name))
             entry = _Download(source, answer, file, self.opt, first, self.tally).run(found)
@@ -5370,12 +5384,11 @@ def _is_whole_tree(path: str, names: list[str], keys: list[_Key]) -> bool:
 
 
 def _holds_all(path: str) -> bool:
-    """Tell whether a snapshot still has as many files and bytes as its name says, or more."""
-    files = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
+    """Tell whether a snapshot still has as many files as its name says, or more."""
     try:
-        _, _, count, size, _ = os.path.basename(path).split("_", 4)
-        return len(files) >= int(count, 16) and sum(map(os.path.getsize, files)) >= int(size, 16)
-    except (OSError, ValueError):
+        count, _, _ = os.path.basename(path).split("_", 4)[2:]
+        return sum(len(names) for _, _, names in os.walk(path)) >= int(count, 16)
+    except ValueError:
         return False
 
 
@@ -5388,6 +5401,7 @@ class _Tree:
         self.prefix = source.key if source.key.endswith("/") else source.key + "/"
         self.id = _digest(*source.place_id[:3], self.prefix, "tree")[:20]
         self.fetched = self.changed = False
+        self.lost: NotFoundError | None = None  # what was deleted after it was listed
 
     def snapshots(self) -> list[tuple[float, str]]:
         """Return (last validated, path) of the snapshots we hold, newest first."""
@@ -5399,7 +5413,8 @@ class _Tree:
         stamped = ((_newest(path, _sidecar(path, "v")), path) for path in held)
         return sorted(stamped, reverse=True)
 
-    def result(self, path: str, status: str, size: int | None = None) -> LocalizedResource:
+    def result(self, path: str, status: str) -> LocalizedResource:
+        size = int(os.path.basename(path).split("_", 4)[3], 16)
         return LocalizedResource(
             path, status != "downloaded", "s3", status, self.source.uri, None, size
         )
@@ -5443,7 +5458,7 @@ class _Tree:
                     return found
         except TransferError as error:
             return self.stale(error)
-        raise IntegrityError("The tree keeps changing", uri=self.source.uri)
+        raise self.lost or IntegrityError("The tree keeps changing", uri=self.source.uri)
 
     def snapshot(self, keys: list[_Key]) -> LocalizedResource | None:
         """Return the directory that a listing describes; None if it changes meanwhile."""
@@ -5459,10 +5474,10 @@ class _Tree:
         # Who waits for another thread's finds it whole.
         with _Flight(self.store, self.id, self.opt.switch):
             if self.store.confirm(path) and _is_whole_tree(path, names, keys):
-                return self.result(path, "revalidated", size)
+                return self.result(path, "revalidated")
             if not self.assemble(path, names, keys):
                 return None
-        return self.result(path, "downloaded" if self.fetched else "revalidated", size)
+        return self.result(path, "downloaded" if self.fetched else "revalidated")
 
     def assemble(self, path: str, names: list[str], keys: list[_Key]) -> bool:
         """Make the directory that a listing describes; False if that changes meanwhile."""
@@ -5479,6 +5494,10 @@ class _Tree:
             self.publish(aside, path, names, keys)
         except _Changed:
             return False
+        except CacheError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return False  # a peer cleared the cache
         finally:
             _remove_tree(aside)
         return True
@@ -5487,8 +5506,14 @@ class _Tree:
         """Link every file into the directory, fetching what we do not hold."""
         self.changed = False
         with _Disk(aside):
-            for folder in sorted({name.rpartition("/")[0] for name in names} - {""}):
-                os.makedirs(os.path.join(aside, folder), exist_ok=True)
+            folders: set[str] = set()
+            for name in names:
+                folder = name.rpartition("/")[0]
+                while folder and folder not in folders:
+                    folders.add(folder)
+                    folder = folder.rpartition("/")[0]
+            for folder in sorted(folders):  # not makedirs: it would make the tree itself anew
+                os.mkdir(f"{aside}/{folder}")
 
         def bring(item: tuple[str, _Key], opt: _Options, look: _Look | None) -> None:
             name, key = item
@@ -5501,7 +5526,7 @@ class _Tree:
                     if error.errno != errno.ENOENT:
                         raise
                     if not os.path.isdir(os.path.dirname(f"{aside}/{name}")):
-                        raise _Changed from None  # a peer cleared the cache
+                        raise
                 look = None  # pruned between the look and the link
             raise CacheError("An entry disappears while it is linked", uri=self.source.uri)
 
@@ -5540,6 +5565,9 @@ class _Tree:
                     if entry:
                         return entry.path
                 found = _Fetch(source, opt, look).run([])
+        except NotFoundError as error:
+            self.lost = error
+            raise _Changed from None
         finally:
             _TURN.exit(entered)
             look.close()
@@ -5626,7 +5654,7 @@ def _local(text: str) -> LocalizedResource:
     except (OSError, ValueError):
         size = None
     if size is None:
-        raise NotFoundError(f"Local path not found: {_redact(text)!r}")
+        raise NotFoundError(f"Local path not found: {_redact_path(text)!r}", uri=_redact_path(text))
     return LocalizedResource(path, False, "local", "local", text, None, size)
 
 
@@ -5660,7 +5688,7 @@ def _object(target: _Target, opt: _Options, look: _Look | None) -> LocalizedReso
             look.close()
 
 
-def _localize(text: str, opt: _Options, look: _Look | None = None) -> LocalizedResource:
+def _localize_any(text: str, opt: _Options, look: _Look | None) -> LocalizedResource:
     """Localize one resource of any kind; ``look`` was taken before its turn, if there is one."""
     target = _target(text)
     is_tree = target.key.endswith("/")
@@ -5684,7 +5712,17 @@ def _localize(text: str, opt: _Options, look: _Look | None = None) -> LocalizedR
     try:
         return opt.access.attempt(target, None, tree)
     except (NotFoundError, AccessDeniedError) as error:
-        raise (missing or error) from None
+        # Of the listing: that there is no such object says more. A file's own error stays.
+        raise (missing if missing and error.uri == missing.uri else error) from None
+
+
+def _localize(text: str, opt: _Options, look: _Look | None = None) -> LocalizedResource:
+    """Localize one resource; the error of any that fails says which it is."""
+    try:
+        return _localize_any(text, opt, look)
+    except S3CacheError as error:
+        error.uri = error.uri or _redact(text)
+        raise
 
 
 def get_local_path_for_resource(
@@ -5898,7 +5936,7 @@ def get_local_paths_for_resources(
             task = partial(_task, options=options, collect=return_exceptions)
             for text, result in zip(texts, executor.map(task, texts)):
                 results[text] = result
-                if isinstance(result, LocalizedResource) and not result.from_cache:
+                if isinstance(result, LocalizedResource) and result.status == "downloaded":
                     meter(result.size or 0)
     finally:
         meter.close()
@@ -5938,7 +5976,8 @@ class CacheManager:
         Default: as in `get_local_path_for_resource`. ``~`` is expanded; it is made if missing.
     persistent : bool
         False: a temporary directory (inside `cache_dir`, if given), removed by `close`, at the end
-        of the ``with`` block, or with the interpreter. `cache_dir` itself is never removed.
+        of the ``with`` block, with this object, or with the interpreter. `cache_dir` itself is
+        never removed.
 
     Attributes
     ----------

@@ -591,6 +591,16 @@ def test_an_executor_does_the_same_work(
     assert sorted(keys_of(server)) == sorted(set(keys_of(server)))
 
 
+def test_an_executor_counts_what_was_downloaded(
+    many: Callable[[int], list[str]], get_all: Get, executor: Executor
+) -> None:
+    counts: list[int] = []
+    uris = many(4)
+    size = sum(found.size for found in get_all(uris[:2]))
+    get_all([*uris, __file__], executor=executor, progress=counts.append)
+    assert sum(counts) == size
+
+
 def test_an_executor_brings_errors_of_our_classes(
     server: Server, many: Callable[[int], list[str]], get_all: Get, executor: Executor
 ) -> None:

@@ -117,6 +117,7 @@ ANSWERS: list[tuple[int, str | None, str, str]] = [
     (503, "SlowDown", "TransferError", "SlowDown"),
     (500, "InternalError", "TransferError", "after 9 attempts"),
     (501, "NotImplemented", "TransferError", "501"),
+    (511, None, "TransferError", r"key \(511\)\. "),
     (511, None, "TransferError", "captive portal"),
 ]
 
@@ -132,7 +133,7 @@ def test_an_answer_becomes_the_same_error_in_every_call(
             call("s3://bucket/key")
         assert isinstance(caught.value, getattr(s3c, name))
         assert caught.value.status == status
-        assert caught.value.code == (code or {401: "AccessDenied"}.get(status))
+        assert caught.value.code == (code or {401: "AccessDenied"}.get(status, str(status)))
         assert caught.value.uri == "s3://bucket/key"
 
 

@@ -176,6 +176,14 @@ def test_content_encodings_are_undone(
     assert s3c.get_json(publish(data, headers={"Content-Encoding": coding})) == DOCUMENT
 
 
+@pytest.mark.parametrize(("coding", "squeeze"), CODINGS[:5])
+def test_they_are_undone_of_what_is_cached_too(
+    publish: Publish, get: Callable[..., Any], coding: str, squeeze: Callable[[bytes], bytes]
+) -> None:
+    uri = publish(squeeze(TEXT.encode()), headers={"Content-Encoding": coding})
+    assert s3c.get_json(get(uri)) == DOCUMENT
+
+
 def test_gzip_may_come_in_several_members(publish: Publish) -> None:
     half = len(TEXT) // 2  # RFC 1952, 2.2; bgzip and pigz write such files
     data = gzip.compress(TEXT[:half].encode()) + gzip.compress(TEXT[half:].encode())

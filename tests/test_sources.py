@@ -528,11 +528,30 @@ def test_credentials_that_cannot_be_fetched_now_are_no_refusal(
     (home / "token").write_text("token")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(home / "token"))
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/lab")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with Server() as failing_sts:
+        failing_sts.always(503, code="ServiceUnavailable")
+        for sts in ("http://127.0.0.1:9", failing_sts.url):
+            monkeypatch.setenv("AWS_ENDPOINT_URL_STS", sts)
+            for anonymous in (None, False):
+                uri = publish({}, private=True)
+                failing(get, uri, s3c.TransferError, anonymous=anonymous)
+
+
+@NEEDS_BOTO3
+def test_credentials_that_have_expired_are_a_refusal_that_says_so(
+    server: Server, publish: Publish, get: Get, keys: None
+) -> None:
+    uri = publish({}, private=True)
+    server.before = lambda asked: (
+        (400, b"<Error><Code>ExpiredToken</Code></Error>", {})
+        if "authorization" in asked.headers
+        else None
+    )
     for anonymous in (None, False):
-        error = failing(get, publish({}, private=True), s3c.TransferError, anonymous=anonymous)
-        assert "could not reach" in str(error)
+        error = failing(get, uri, s3c.AccessDeniedError, anonymous=anonymous)
+        assert (error.status, error.code) == (400, "ExpiredToken")
+        assert "expired: log in again" in str(error)
 
 
 BLOCKED = """

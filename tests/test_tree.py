@@ -582,7 +582,7 @@ def test_verify_removes_the_trees_that_hold_damaged_bytes(
     chunk.chmod(0o600)
     chunk.write_bytes(b"Chunk 0 0")
     gone = s3c.CacheManager(cache).verify()
-    assert [(entry.kind, entry.name) for entry in gone] == [("object", "0"), ("tree", "data.zarr")]
+    assert [(entry.kind, entry.name) for entry in gone] == [("tree", "data.zarr"), ("object", "0")]
     assert (path.exists(), other.exists()) == (False, True)
     assert contents(get().path) == FILES
 
@@ -624,6 +624,39 @@ def test_a_listing_without_etags_tells_versions_by_date(server: Server, get: Get
         assert (result.status, contents(result.path)) == ("downloaded", {"x": content})
 
 
+@pytest.mark.parametrize("uri", [TREE, TREE[:-1]], ids=["slash", "no slash"])
+def test_the_error_of_a_file_names_the_file(
+    server: Server, put_tree: Get, get: Get, uri: str
+) -> None:
+    put_tree()
+    server.on_path("/0/1", 403, code="AccessDenied")
+    with pytest.raises(s3c.AccessDeniedError) as caught:
+        get(uri)
+    assert caught.value.uri == TREE + "0/1"
+
+
+def test_a_file_deleted_after_the_listing_is_no_part(
+    server: Server, put_tree: Get, get: Get
+) -> None:
+    put_tree()
+
+    def delete(request: Any) -> None:
+        if request.path.endswith("/0/1"):
+            server.delete(BUCKET, "data.zarr/0/1")
+
+    server.before = delete
+    assert contents(get().path) == {name: FILES[name] for name in FILES if name != "0/1"}
+
+
+@pytest.mark.parametrize("options", [{}, {"max_age": 60}, {"offline": True}])
+def test_a_tree_tells_its_size_however_it_is_served(
+    put_tree: Get, get: Get, options: dict[str, Any]
+) -> None:
+    put_tree()
+    get()
+    assert get(**options).size == sum(map(len, FILES.values()))
+
+
 def test_a_manager_sees_trees(put_tree: Get, get: Get, cache: Path) -> None:
     put_tree()
     root = get().path
@@ -631,6 +664,23 @@ def test_a_manager_sees_trees(put_tree: Get, get: Get, cache: Path) -> None:
     assert (tree.path, tree.name) == (str(root), "data.zarr")
     s3c.CacheManager(cache).clear()
     assert not root.exists()
+
+
+@pytest.mark.parametrize("at", ["list-type", "0/0"])
+def test_a_cache_that_goes_while_a_tree_is_begun_is_made_anew(
+    server: Server, put_tree: Get, get: Get, cache: Path, at: str
+) -> None:
+    """What is given to others is private also in a directory that was made twice."""
+    put_tree()
+    shutil.rmtree(cache, ignore_errors=True)
+
+    def clear(request: Any) -> None:
+        if at in request.target:
+            shutil.rmtree(cache, ignore_errors=True)
+            server.before = None
+
+    server.before = clear
+    assert contents(get().path) == FILES
 
 
 # ==== Keys that are no paths ==================================================================
