@@ -1445,7 +1445,8 @@ class _Pool:
                     found = self._idle.pop(at)
                     break
         # Servers close idle connections unannounced; an attempt on a dead one costs a round trip.
-        if found and now - found.idle_since > _IDLE_SECONDS:
+        # And what came unasked is the end, or an answer to nothing: never the one to what is next.
+        if found and (now - found.idle_since > _IDLE_SECONDS or found.readable()):
             found.close()
             return self.take(key)
         return found
@@ -3304,9 +3305,9 @@ class _Lock:
     def acquire(self) -> bool:
         """Try once. False only if a peer surely holds it."""
         verdict: list[bool] = []
-        # On NFS even a non-blocking flock may hang (cargo#2615); whoever hangs there hangs alone.
-        worker = threading.Thread(target=self._try, args=(verdict,), daemon=True)
         try:
+            # On NFS even LOCK_NB may hang (cargo#2615); whoever hangs there hangs alone.
+            worker = threading.Thread(target=self._try, args=(verdict,), daemon=True)
             worker.start()
             worker.join(2.0)
         except RuntimeError:  # the interpreter is going down

@@ -301,6 +301,24 @@ with ThreadPoolExecutor(6) as pool:
     assert server.connections == 6 + 4
 
 
+UNASKED = {
+    "an answer": b'HTTP/1.1 200 OK\r\nETag: "a"\r\nContent-Length: 3\r\n\r\nAAA',
+    "an error": b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("unasked", UNASKED)
+def test_what_comes_unasked_is_no_answer_to_what_is_asked_next(
+    unasked: str, server: Server, publish: Publish, get: Get
+) -> None:
+    """Broken variant: the next caller got another object's bytes, and they were cached as his."""
+    uri, first = publish(b"right", "b"), publish(b"AAA", "a1")
+    server.on_path("/a1", raw=[UNASKED["an answer"], 0.05, UNASKED[unasked]])
+    get(first)
+    time.sleep(0.2)
+    assert get(uri).path.read_bytes() == b"right"
+
+
 def test_a_connection_that_idled_too_long_is_not_used_again(
     publish: Publish, server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
