@@ -6130,7 +6130,8 @@ _EXAMPLES = """examples:
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS.update({f"{u}b": n for u, n in _UNITS.items() if u not in ("", "b")})
 _UNITS.update({f"{u}ib": 1 << 10 * at for at, u in enumerate("kmgt", 1)})
-_DAYS = {"": 1.0, "s": 1 / 86400, "m": 1 / 1440, "h": 1 / 24, "d": 1.0, "w": 7.0, "y": 365.0}
+_DAY = 86400
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": _DAY, "w": 7 * _DAY, "y": 365 * _DAY}
 
 
 def _quantity(text: str, units: dict[str, Any]) -> float:
@@ -6147,8 +6148,12 @@ def _size_arg(text: str) -> int:
     return int(_quantity(text, _UNITS))
 
 
-def _age_arg(text: str) -> float:
-    return _quantity(text, _DAYS)
+def _seconds_arg(text: str) -> float:
+    return _quantity(text, _SECONDS)
+
+
+def _days_arg(text: str) -> float:
+    return _quantity(text, {**_SECONDS, "": _DAY}) / _DAY
 
 
 def _jobs_arg(text: str) -> int:
@@ -6158,7 +6163,8 @@ def _jobs_arg(text: str) -> int:
 
 
 _jobs_arg.__name__ = "number of objects"
-_size_arg.__name__, _age_arg.__name__ = "size, such as 10GB", "age, such as 30d"
+_size_arg.__name__ = "size, such as 10GB"
+_seconds_arg.__name__ = _days_arg.__name__ = "age, such as 30d"
 
 
 def _json_line(value: object) -> str:
@@ -6196,7 +6202,7 @@ def _do_get(args: Any) -> int:
         progress=not args.quiet,
         cache_dir=args.cache_dir,
         anonymous=args.anonymous,
-        max_age=args.max_age * 86400,
+        max_age=args.max_age,
         offline=args.offline,
         stale_if_error=args.stale_if_error,
         version_id=args.version_id,
@@ -6313,7 +6319,9 @@ def _parser() -> Any:
     get.add_argument(
         "-j", "--jobs", type=_jobs_arg, metavar="N", help="objects at a time (default: 32)"
     )
-    get.add_argument("--max-age", type=_age_arg, default=0.0, metavar="AGE", help="such as 12h")
+    get.add_argument(
+        "--max-age", type=_seconds_arg, default=0.0, metavar="AGE", help="seconds, or such as 12h"
+    )
     get.add_argument("--offline", action="store_true", help="never touch the network")
     get.add_argument("--stale-if-error", action="store_true", help="last copy if the server fails")
     get.add_argument("--version-id", metavar="ID", help="this version of an S3 object")
@@ -6327,7 +6335,7 @@ def _parser() -> Any:
     ls.add_argument("uri", nargs="?", metavar="s3://…")
     access(ls)
     prune = verb("prune", _do_prune, "Remove what was not used for long, down to a size.")
-    prune.add_argument("--max-age", type=_age_arg, metavar="AGE", help="such as 30d")
+    prune.add_argument("--max-age", type=_days_arg, metavar="AGE", help="days, or such as 30d")
     prune.add_argument("--max-size", type=_size_arg, metavar="SIZE", help="such as 10GB")
     prune.add_argument("--dry-run", action="store_true", help="only print what would go")
     verb("verify", _do_verify, "Check every object against its checksum; remove damaged ones.")

@@ -136,10 +136,21 @@ def test_get_has_the_options_of_the_function(
     assert run("get", "--offline", "--cache-dir", cache, uri).code == 1
     run("get", "--cache-dir", cache, uri)
     server.reset()
-    for option in (["--max-age", "12h"], ["--offline"], ["--max-age=1d"]):
+    for option in (["--max-age", "12h"], ["--offline"], ["--max-age=1d"], ["--max-age=600"]):
         (record,) = run("get", "--json", *option, "--cache-dir", cache, uri).records
         assert record["status"] == "fresh"
     assert server.seen == []
+
+
+def test_an_age_without_a_unit_is_in_seconds_where_the_function_counts_them(
+    publish: Publish, run: Callable[..., Said]
+) -> None:
+    uri = publish(b"x")
+    (path,) = run("get", uri).paths
+    os.utime(path, (time.time() - 3600,) * 2)
+    for age, status in ("7200", "fresh"), ("60", "revalidated"):
+        (record,) = run("get", "--json", "--max-age", age, uri).records
+        assert record["status"] == status
 
 
 def test_get_serves_a_stale_copy_if_told_to(
