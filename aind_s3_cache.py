@@ -3248,8 +3248,8 @@ class _Store:
         final = directory + os.sep + name
         mode = 0o600 if private else _FINAL
         with _Disk(directory, len(data)):
-            fd = self.create(temporary, os.O_WRONLY, mode)
             try:
+                fd = self.create(temporary, os.O_WRONLY, mode)
                 try:
                     _write_all(fd, data)
                 finally:
@@ -4492,6 +4492,8 @@ class _Options:
             raise ValueError("max_concurrency and multipart_threshold_bytes must be at least 1")
         if version_id is not None and not isinstance(version_id, str):
             raise TypeError("version_id must be str")
+        if version_id == "":
+            raise ValueError("version_id is empty")
         self.store = _Store(_cache_dir(cache_dir))
         self.offline = _is_offline(offline)
         self.access = _Access(anonymous, s3_client, self.offline)

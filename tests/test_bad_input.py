@@ -138,6 +138,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"multipart_threshold_bytes": -1}, ValueError),
     ({"max_age": "1h"}, TypeError),
     ({"version_id": 5}, TypeError),
+    ({"version_id": ""}, ValueError),
     ({"version_id": "\ud800"}, ValueError),
     ({"progress": 5}, TypeError),
     ({"progress": "yes"}, TypeError),
