@@ -4516,13 +4516,14 @@ class _Options:
 
 
 class _Seat:
-    """Who fetches an object, how deep it is in that, and who waits for it."""
+    """Who fetches an object, how deep it is in that, who waits for it, and how it failed."""
 
-    __slots__ = ("changed", "depth", "owner", "waiting")
+    __slots__ = ("changed", "depth", "error", "owner", "waiting")
 
     def __init__(self) -> None:
         self.owner = self.depth = self.waiting = 0
         self.changed: threading.Condition | None = None
+        self.error: S3CacheError | None = None
 
 
 _FLIGHTS: dict[tuple[str, str], _Seat] = {}
@@ -4531,10 +4532,16 @@ _LANDED: dict[str, int] = {}  # shard -> another number after each flight
 
 
 class _Flight:
-    """Lets one thread of this process at a time fetch an object; the thread may enter twice."""
+    """Lets one thread of this process at a time fetch an object; the thread may enter twice.
 
-    def __init__(self, store: _Store, ident: str, switch: _Stop | None) -> None:
-        self._key, self._switch = (store.root, ident), switch
+    With ``shares`` those who wait fail together with the one they wait for: asked anew for each, a
+    server that stalls would keep the last of them for as many minutes as there are threads.
+    """
+
+    def __init__(
+        self, store: _Store, ident: str, switch: _Stop | None, shares: bool = False
+    ) -> None:
+        self._key, self._switch, self._shares = (store.root, ident), switch, shares
 
     def acquire(self, blocking: bool = True) -> bool:
         me = threading.get_ident()
@@ -4545,6 +4552,7 @@ class _Flight:
                     return False
                 self._wait(seat, me)
             _FLIGHTS[self._key], seat.owner, seat.depth = seat, me, seat.depth + 1
+            seat.error = None
         return True
 
     def _wait(self, seat: _Seat, me: int) -> None:
@@ -4556,6 +4564,8 @@ class _Flight:
                 seat.changed.wait(0.5)  # not for ever: a batch may be stopped meanwhile
                 if self._switch:
                     self._switch.check()
+                if seat.error and self._shares:
+                    raise _rebuild(*seat.error.__reduce__()[1])
         except BaseException:
             seat.waiting -= 1
             self._pass_on(seat)
@@ -4580,10 +4590,21 @@ class _Flight:
         with _FLIGHTS_LOCK:
             self._pass_on(seat)
 
+    def _fail(self, error: TransferError) -> None:
+        seat = self._seat
+        with _FLIGHTS_LOCK:
+            if seat.depth == 1 and seat.changed and _FLIGHTS.get(self._key) is seat:
+                seat.error = error
+                del _FLIGHTS[self._key]  # whoever comes from here on asks anew
+                seat.changed.notify_all()
+
     def __enter__(self) -> None:
         self.acquire()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: object, __: object) -> None:
+        stopped = self._switch is not None and self._switch.event.is_set()
+        if self._shares and not stopped and isinstance(error, TransferError):
+            self._fail(error)
         self.release()
 
 
@@ -5627,7 +5648,8 @@ def _cached(source: _Source, opt: _Options, look: _Look | None) -> LocalizedReso
     try:
         if held:
             return _Fetch(source, opt, look).run(held)
-        with _Flight(store, ident, opt.switch):
+        # Not where a client of boto3 asks: the next caller's may be set up otherwise.
+        with _Flight(store, ident, opt.switch, not source.signed):
             old = look.is_old()
             if store.recently_partial() and store.pulse(ident):
                 lock, old = _Lock(store, ident), True

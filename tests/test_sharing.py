@@ -75,6 +75,38 @@ def test_threads_that_want_a_new_object_download_it_once(
     assert server.bytes_sent == size
 
 
+def test_threads_that_wait_for_one_whose_server_fails_fail_with_it(
+    server: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken variant: each asks anew, and the last of them waits for as many minutes."""
+    monkeypatch.setattr(s3c, "_RETRIES", 1)
+    uri, server.latency = publish(b"x"), 0.1
+    server.always(500)
+
+    def ask() -> Any:
+        with pytest.raises(s3c.TransferError) as failed:
+            get(uri)
+        return failed.value
+
+    errors = at_once(8, ask)
+    assert {(error.status, error.uri) for error in errors} == {(500, uri)}
+    assert len(set(map(id, errors))) == 8
+    assert len(server.seen) < 6
+    assert not s3c._FLIGHTS
+
+
+def test_who_comes_after_a_failure_asks_anew(
+    server: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_RETRIES", 0)
+    uri, server.latency = publish(b"x"), 0.1
+    server.say(500)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(get, uri) for _ in range(3)]
+        assert all(isinstance(call.exception(), s3c.TransferError) for call in calls)
+    assert get(uri).status == "downloaded"
+
+
 @pytest.mark.slow
 def test_64_threads_download_64_mib_once(server: Server, publish: Publish, get: Get) -> None:
     uri = publish(blob(64 * MiB))
