@@ -4644,11 +4644,14 @@ _CPU = _Cpu()
 class _Crew:
     """Threads for one job: as many as it turns out to need, gone when it ends however it ends."""
 
-    def __init__(self, work: Callable[[], None], switch: _Stop) -> None:
+    def __init__(
+        self, work: Callable[[], None], switch: _Stop, items: Iterator[Any] | None = None
+    ) -> None:
         self._work, self._switch = work, switch
-        self._changed = threading.Condition()
+        self._changed, self._caller = threading.Condition(), threading.get_ident()
         self.active = 0
         self._errors: list[BaseException] = []
+        self._items, self._wanted, self._item = items or iter(()), False, None
 
     def _body(self) -> None:
         try:
@@ -4679,21 +4682,46 @@ class _Crew:
             self._start(start)
             while True:
                 with self._changed:
-                    if not self.active or self._changed.wait_for(self._idle, _GROW_EVERY):
-                        break
-                if not self._errors:
-                    self._start(grow(self.active))
+                    self._changed.wait_for(self._is_due, _GROW_EVERY)
+                if self._errors:
+                    raise self._errors[0]
+                if not self.active:
+                    return
+                if self._wanted:
+                    self._serve()
+                self._start(grow(self.active))
         except BaseException:
             self._switch.stop()
             with self._changed:
-                # Threads are daemons and their sockets shut: a second is all that Ctrl-C may take.
-                self._changed.wait_for(self._idle, 0.8)
+                self._wanted = False
+                self._changed.notify_all()
+                # Threads are daemons and their sockets shut; one that resolves a name or connects
+                # may need half a minute. A second is all that an error or Ctrl-C may take.
+                self._changed.wait_for(self._is_idle, 0.8)
             raise
-        if self._errors:
-            raise self._errors[0]
 
-    def _idle(self) -> bool:
+    def _is_idle(self) -> bool:
         return not self.active
+
+    def _is_due(self) -> bool:
+        return self._wanted or bool(self._errors) or not self.active
+
+    def _serve(self) -> None:
+        item = next(self._items, None)
+        with self._changed:
+            self._item, self._wanted = item, False
+            self._changed.notify_all()
+
+    def read(self) -> Any:
+        """Return the next item, which the caller's thread reads; one worker at a time may ask."""
+        if threading.get_ident() == self._caller:  # there is no other thread
+            return next(self._items, None)
+        with self._changed:
+            self._wanted = not self._switch.event.is_set()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._wanted)
+            item, self._item = self._item, None
+        return item
 
 
 def _read_at(fd: int, start: int, size: int) -> bytes:
@@ -5275,8 +5303,9 @@ def _quietly(look: Callable[[T, _Options], _Look | None], item: T, opt: _Options
 class _Batch:
     """Acts on every item in a crew of threads; the first error stops all and is raised.
 
-    With ``look`` a worker asks for the next objects before it reads the present one: a near server
-    answers faster than threads take turns, so that one who asks ahead beats many who wait.
+    With ``look`` any thread may read the items, and a worker asks for the next objects before it
+    reads the present one: a near server answers faster than threads take turns, so that one who
+    asks ahead beats many who wait. Without, the caller's thread reads them.
     """
 
     def __init__(
@@ -5289,7 +5318,8 @@ class _Batch:
     ) -> None:
         self._act, self._items, self._opt, self._look = act, items, opt, look
         self._switch, self._limit = _Stop(opt.switch), limit or _BATCH_LIMIT
-        # Two locks: the caller's generator may take its time, and what has begun goes on meanwhile.
+        # A generator may take its time, and be bound to its thread as a database's cursor is.
+        self._crew = _Crew(self._work, self._switch, items)
         self._reading, self._lock = threading.Lock(), threading.Lock()
         self._begun: list[tuple[Any, _Look | None]] = []
         self._threads = 1 if look else limit or _BATCH_WORKERS
@@ -5299,10 +5329,10 @@ class _Batch:
 
     def run(self) -> None:
         try:
-            _Crew(self._work, self._switch).run(self._threads, self._grow)
+            self._crew.run(self._threads, self._grow)
             self._switch.check()  # stopped from above: what was done is not all
         finally:
-            for _, look in self._begun:
+            for _, look in self._begun[:]:
                 if look:
                     look.close()
             if self._opt.switch:
@@ -5325,7 +5355,7 @@ class _Batch:
     def _take(self) -> Any:
         """Return the next item; None, which no item is, if there is none."""
         with self._reading:
-            return next(self._items, None)
+            return next(self._items, None) if self._look else self._crew.read()
 
     def _room(self, change: int) -> bool:
         """Count what is begun ahead; False if there is no room for more."""
@@ -5897,7 +5927,8 @@ def get_local_paths_for_resources(
     Parameters
     ----------
     uris : iterable of str or os.PathLike
-        May be a generator, which is read as work goes on. Each URI is asked for once.
+        May be a generator, which is read as work goes on, in the caller's thread. Each URI is asked
+        for once.
     max_workers : int, optional
         Objects asked for at a time, at most; default 32. On a fast server one thread does all the
         work; others join it while it waits for the network. A large object's ranges and a tree's
@@ -5938,7 +5969,9 @@ def get_local_paths_for_resources(
     order: list[str] = []
     results: dict[str, Any] = {}
     meter = opt.meter = _meter(progress)
-    work = _unique(uris, order)
+    # A list can be looked ahead of; a generator may take its time with the next one.
+    ready = hasattr(uris, "__len__")
+    work = _unique(list(uris) if ready else uris, order)
     try:
         if executor is None:
 
@@ -5950,8 +5983,6 @@ def get_local_paths_for_resources(
                         raise
                     results[text] = error
 
-            # A list can be looked ahead of; a generator may take its time with the next one.
-            ready = hasattr(uris, "__len__")
             _Batch(act, work, opt, max_workers or 0, _look_at if ready else None).run()
         else:
             _sendable(options, executor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -162,6 +163,30 @@ def test_a_generator_may_wait_for_what_it_yielded_before(
     assert numbers(get_all(patiently(), max_workers=8)) == list(range(400))
 
 
+def test_a_generator_is_read_by_the_callers_thread(
+    many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    """As a cursor of `sqlite3` insists; and a ContextVar has no value in another one."""
+    table = sqlite3.connect(":memory:")
+    table.execute("CREATE TABLE objects (uri)")
+    table.executemany("INSERT INTO objects VALUES (?)", [(uri,) for uri in many(50)])
+    found = get_all(uri for (uri,) in table.execute("SELECT uri FROM objects"))
+    assert numbers(found) == list(range(50))
+    table.close()
+
+
+def test_a_generator_needs_no_other_thread(
+    get_all: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_bytes(b"%d" % number)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert numbers(get_all(tmp_path / f"{number}.txt" for number in range(5))) == list(range(5))
+
+
 def test_an_endless_generator_stops_at_the_first_error(server: Server, get_all: Get) -> None:
     server.put(BUCKET, "x", b"")
 
@@ -287,6 +312,13 @@ def test_an_error_does_not_wait_for_what_another_thread_fetches(
             time.sleep(0.01)
         assert seconds_to_fail(get_all, uri) < 3
         assert not other.done()
+
+
+def test_an_error_does_not_wait_for_a_handshake(
+    server: Server, tls_server: Server, get_all: Get
+) -> None:
+    tls_server.accept_delay = 5
+    assert seconds_to_fail(get_all, f"{tls_server.url}/a") < 3
 
 
 FETCH = """
