@@ -4921,7 +4921,8 @@ def _await_peer(
         beat = store.pulse(ident)
         if beat != pulse:
             pulse, since = beat, time.monotonic()
-        if time.monotonic() - since > _PEER_PATIENCE:
+        # Without a beat it may be another object, whose lock is the same file.
+        if time.monotonic() - since > (_PEER_PATIENCE if beat else _PEER_PATIENCE / 10):
             return None
         if switch:
             switch.check()
@@ -5827,7 +5828,8 @@ def get_local_path_for_resource(
         This version of an S3 object.
     progress : bool or callable, optional
         True: a bar on stderr, if that is a terminal. A callable gets the number of bytes just
-        received, negative where they are thrown away again (boto3's ``Callback``).
+        received, negative where they are thrown away again (boto3's ``Callback``); it must not ask
+        for what is being brought, for that is what it would wait for.
 
     Returns
     -------
