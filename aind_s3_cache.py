@@ -4739,9 +4739,10 @@ class _Behind:
     def __init__(self, file: _Partial, name: str) -> None:
         self._file, self._hash, self._stop = file, _hasher(name), False
         self._error: OSError | None = None
-        self._thread: threading.Thread | None = threading.Thread(target=self._run, daemon=True)
+        self._thread: threading.Thread | None = None
         file.hold()
         try:
+            self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
         except RuntimeError:  # at interpreter exit, or out of threads: after the download, then
             self._thread = None
@@ -6238,8 +6239,14 @@ def _record(value: _Record) -> dict[str, Any]:
     return {name.strip("_"): getattr(value, name) for name in value.__slots__}
 
 
+def _say(text: str) -> None:
+    """Print a line on stderr; nothing where that is closed, for ``print`` would take stdout."""
+    if sys.stderr:
+        print(text, file=sys.stderr)
+
+
 def _complain(error: object) -> None:
-    print(f"aind-s3-cache: {error}", file=sys.stderr)
+    _say(f"aind-s3-cache: {error}")
 
 
 def _is_known(error: Exception) -> bool:
@@ -6316,7 +6323,7 @@ def _show_gone(entries: list[CacheEntry], args: Any, verb: str) -> None:
     for entry in entries:
         print(_json_line(_record(entry)) if args.json else entry.path)
     total = _human(sum(entry.size for entry in entries))
-    print(f"{verb} {len(entries)} entries, {total}", file=sys.stderr)
+    _say(f"{verb} {len(entries)} entries, {total}")
 
 
 def _do_prune(args: Any) -> int:

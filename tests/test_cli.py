@@ -603,6 +603,13 @@ def test_an_error_with_stdout_closed_is_one_line(tmp_path: Path) -> None:
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
 
 
+@posix_only
+@pytest.mark.parametrize("verb", ["json /not-there", "verify"])
+def test_nothing_but_data_comes_on_stdout_where_stderr_is_closed(verb: str) -> None:
+    command = f"'{sys.executable}' '{SUBJECT_FILE}' {verb} 2>&-"
+    assert subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE).stdout == b""
+
+
 def interrupt(server: Server, args: list[object], after: int = 1) -> tuple[int, str, str, float]:
     """Send Ctrl-C to a run once the server has sent so many bytes: code, out, err, seconds."""
     command = [sys.executable, str(SUBJECT_FILE), *map(str, args)]
