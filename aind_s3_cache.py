@@ -384,6 +384,9 @@ class S3CacheError(Exception):
             text + (f" ({', '.join(tags)})" if tags else "") + (f". {self.hint}" * bool(self.hint))
         )
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         # By the class of ours, since the mixed one exists at run time only.
         state = {**self.__dict__, "errno": getattr(self, "errno", None)}
@@ -732,7 +735,11 @@ _UNSIGNED_CODES = {
 _EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"}
 _HINTS = {
     "AccessDenied": "Missing, or not public: without permission to list, S3 says 403 for a missing"
-    " key, too. For private data install boto3 and set up credentials",
+    " key, too",
+    "InvalidAccessKeyId": "Check the credentials and the endpoint",
+    "SignatureDoesNotMatch": "Check the secret key",
+    "RequestTimeTooSkewed": "Set the clock of this machine",
+    "NoSuchKey": "Keys are taken exactly as written: check case, spaces and slashes",
     "NoSuchBucket": "Check the bucket's name and the endpoint",
     "InvalidObjectState": "The object is archived: restore it first",
     "PermanentRedirect": "Set AWS_REGION to the bucket's region",
@@ -1608,28 +1615,29 @@ def _timed_out(error: Exception) -> bool:
     return isinstance(error, TimeoutError) or type(error).__name__ == "timeout"  # 3.9's
 
 
-def _wire_error(error: Exception, place: _Place) -> S3CacheError:
+def _wire_error(error: Exception, place: _Place, proxy: str = "") -> S3CacheError:
     """Return the error of ours for what went wrong on a socket: likely cause and next step."""
     import socket
 
     if isinstance(error, S3CacheError):
-        error.uri = error.uri or str(place)
         return error
-    where = place.address
+    where = proxy + place.address
     number = getattr(error, "errno", None)
     if any(cls.__name__ == "SSLError" for cls in type(error).__mro__):
         number = None  # it is OpenSSL's, whose 1 and 8 are no EPERM and ENOEXEC
     # Ours to solve, not the network's: retrying would only keep the files busy.
     if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
         message = f"Cannot open a connection: {os.strerror(number)}"
-        return CacheError(message, uri=str(place), errno=number, hint="Raise `ulimit -n`")
-    make = partial(TransferError, uri=str(place), errno=number)
+        return CacheError(message, errno=number, hint="Raise `ulimit -n`")
+    hint = "Check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY" if proxy else None
+    make = partial(TransferError, errno=number, hint=hint)
     if isinstance(error, socket.gaierror):
         again = number == socket.EAI_AGAIN
-        hint = "Check the name, the endpoint and the network"
-        return make(
-            f"Cannot resolve {place.origin[1]}", retry="soon" if again else "once", hint=hint
-        )
+        hint = hint or "Check the name, the endpoint and the network"
+        name = proxy + place.origin[1]
+        return make(f"Cannot resolve {name}", retry="soon" if again else "once", hint=hint)
+    if number == errno.ECONNREFUSED and not proxy:
+        make = partial(make, hint="Check the endpoint, and that its server runs")
     if _timed_out(error):
         return make(f"Timed out waiting for {where}", retry="soon", errno=errno.ETIMEDOUT)
     if type(error).__name__ == "SSLCertVerificationError":
@@ -1650,8 +1658,8 @@ def _connect(place: _Place, proxy: _Place | None, key: tuple[Any, ...], env: _En
     deadline = time.monotonic() + _CONNECT_TOTAL
     try:
         sock = _dial((proxy or place).origin, deadline)
-    except OSError as error:  # it is the proxy that does not answer: say so
-        raise _wire_error(error, proxy or place) from None
+    except OSError as error:
+        raise _wire_error(error, proxy or place, "proxy " if proxy else "") from None
     try:
         if context:
             if proxy:
@@ -1936,9 +1944,9 @@ def _redirected(place: _Place, location: str) -> _Place:
         new = _place(urljoin(base, location))
     except ValueError:
         shown = _redact_bad(location)
-        raise TransferError(f"Refused a redirect to {shown}", uri=str(place)) from None
+        raise TransferError(f"Refused a redirect to {shown}") from None
     if (scheme, new.origin[0]) == ("https", "http"):
-        raise TransferError("Refused a redirect from https to http", uri=str(place))
+        raise TransferError(f"Refused a redirect from https to http: {new}")
     auth = place.auth if new.origin == place.origin else None
     return _Place(new.origin, new.target, auth)
 
@@ -1953,7 +1961,7 @@ def _follow(exchange: _Exchange) -> tuple[int, dict[str, str], _Body]:
         body.close()
         place = _redirected(exchange.place, headers["location"])
         exchange = _Exchange(place, exchange.env, exchange.fields, switch=exchange.switch)
-    raise TransferError(f"More than {_REDIRECTS} redirects", uri=str(exchange.place))
+    raise TransferError(f"More than {_REDIRECTS} redirects, the last one to {exchange.place}")
 
 
 class _Quota:
@@ -2162,6 +2170,13 @@ class _HTTP(_Source):
         return _Exchange(self.place, self.env, ask.fields, switch=ask.switch)
 
 
+def _endpoint_place(endpoint: str) -> _Place:
+    try:
+        return _place(endpoint)
+    except ValueError as error:
+        raise ValueError(f"AWS_ENDPOINT_URL: {error} (expected http://host:port)") from None
+
+
 @lru_cache(maxsize=64)
 def _endpoint_id(endpoint: str) -> str:
     """Return what tells one world of buckets from another: AWS's partitions, or the endpoint."""
@@ -2218,7 +2233,7 @@ class _Unsigned(_S3):
             # What a bucket told us is surer than what the environment guesses.
             region = _REGIONS.get(("", self.bucket)) or self.env.region
             return _aws_place(self.bucket, key, region, query)
-        base = _place(self.endpoint)
+        base = _endpoint_place(self.endpoint)
         path = f"{base.target.rstrip('/')}/{self.bucket}/{_quote(key)}{query}"
         return _Place(base.origin, path, base.auth)
 
@@ -2491,7 +2506,7 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
     Offline it only tells where S3 is, as boto3's files say: it looks for no credentials.
     """
     if endpoint:
-        _place(endpoint)  # botocore would show a password in the URL that it refuses
+        _endpoint_place(endpoint)  # botocore would show a password in the URL that it refuses
     env = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     env += (("", "offline"),) * offline
     if env in _CLIENTS:
@@ -2584,6 +2599,13 @@ class _Access:
         if client is not None:
             yield _Signed(client, bucket, key, version)
 
+    def _why_unsigned(self) -> str:
+        if self.anonymous:
+            return "It was asked for without a signature, as anonymous=True says"
+        if "boto3" in sys.modules:
+            return "It was asked for without a signature: boto3 finds no credentials"
+        return "For private data install boto3 and set up credentials"
+
     def attempt(self, target: _Target, version: str | None, act: Callable[[_Source], T]) -> T:
         """Act on the first source; where it is refused, on the next. Remember who was let in."""
         sources = self.sources(target, version)
@@ -2591,11 +2613,16 @@ class _Access:
         while True:
             try:
                 result = act(source)
-            except AccessDeniedError:
+            except AccessDeniedError as error:
                 following = next(sources, None)
                 if following is None:
+                    if error.code == "AccessDenied" and not source.signed:
+                        error.hint = f"{error.hint}. {self._why_unsigned()}"
                     raise
                 source = following
+            except S3CacheError as error:
+                error.uri = error.uri or source.uri
+                raise
             else:
                 chain = self.anonymous is None and self.client is None
                 if chain and source.signed:
@@ -5711,7 +5738,10 @@ def _local(text: str) -> LocalizedResource:
     except (OSError, ValueError):
         size = None
     if size is None:
-        raise NotFoundError(f"Local path not found: {_redact_path(text)!r}", uri=_redact_path(text))
+        shown = _redact_path(text)
+        lost = text.startswith(("s3:/", "http:/", "https:/"))  # `Path("s3://…")` drops a slash
+        hint = "Pass URIs as str: a Path keeps only one slash of two" if lost else None
+        raise NotFoundError(f"Local path not found: {shown!r}", uri=shown, hint=hint)
     return LocalizedResource(path, False, "local", "local", text, None, size)
 
 
@@ -5887,11 +5917,24 @@ def _task(uri: str, options: dict[str, Any], collect: bool) -> LocalizedResource
         return error
 
 
-def _unique(uris: Iterable[StrPath], order: list[str]) -> Iterator[str]:
-    """Yield each URI that is new, and note in order what was asked for."""
+def _unique(
+    uris: Iterable[StrPath], order: list[Any], wrong: dict[Any, Any] | None
+) -> Iterator[str]:
+    """Yield each URI that is new, and note in order what was asked for; raise or note what is none.
+
+    In a column of a table, a missing value is not even text.
+    """
     seen: dict[str, str] = {}
     for uri in uris:
-        text = _text(uri)
+        try:
+            text = _text(uri)
+        except TypeError as error:
+            told = TypeError(f"item {len(order)} of uris: {error}")
+            if wrong is None:
+                raise told from None
+            order.append(told)
+            wrong[told] = told
+            continue
         new = text not in seen
         order.append(seen.setdefault(text, text))  # one string for all that are equal
         if new:
@@ -5969,12 +6012,12 @@ def get_local_paths_for_resources(
         raise ValueError("max_workers must be at least 1")
     if isinstance(uris, (str, bytes, os.PathLike)):
         raise TypeError("expected an iterable of URIs, not one: use get_local_path_for_resource")
-    order: list[str] = []
-    results: dict[str, Any] = {}
+    order: list[Any] = []
+    results: dict[Any, Any] = {}
     meter = opt.meter = _meter(progress)
     # A list can be looked ahead of; a generator may take its time with the next one.
     ready = hasattr(uris, "__len__")
-    work = _unique(list(uris) if ready else uris, order)
+    work = _unique(list(uris) if ready else uris, order, results if return_exceptions else None)
     try:
         if executor is None:
 
@@ -6398,7 +6441,8 @@ def _parser() -> Any:
     ls = verb("ls", _do_ls, "List the cache, or the keys below an s3:// prefix.")
     ls.add_argument("uri", nargs="?", metavar="s3://…")
     access(ls)
-    prune = verb("prune", _do_prune, "Remove what was not used for long, down to a size.")
+    text = "Remove what was not used for long, down to a size; never what was used this last hour."
+    prune = verb("prune", _do_prune, text)
     prune.add_argument("--max-age", type=_days_arg, metavar="AGE", help="days, or such as 30d")
     prune.add_argument("--max-size", type=_size_arg, metavar="SIZE", help="such as 10GB")
     prune.add_argument("--dry-run", action="store_true", help="only print what would go")

@@ -283,6 +283,17 @@ def test_an_uri_that_is_no_text_is_refused(get_all: Get, publish: Publish) -> No
         get_all([publish(b"x"), 7])
 
 
+@pytest.mark.parametrize("kind", [list, iter])
+def test_a_missing_value_is_an_error_in_its_place(
+    kind: Any, publish: Publish, get_all: Get
+) -> None:
+    uri = publish(b"x")
+    results = get_all(kind([uri, float("nan"), None, uri]), return_exceptions=True)
+    assert [type(result) for result in results[1:3]] == [TypeError] * 2
+    assert "item 2 of uris" in str(results[2])
+    assert results[0] == results[3]
+
+
 def test_a_tree_that_fails_leaves_the_other_trees_alone(server: Server, get_all: Get) -> None:
     server.latency = 0.003
     for tree in range(6):

@@ -72,6 +72,12 @@ def test_the_text_is_made_from_the_attributes(name: str) -> None:
     assert error.message == "It went wrong"
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_lists_of_errors_show_what_each_is_about(name: str) -> None:
+    error = getattr(s3c, name)("It went wrong", **EVERYTHING)
+    assert repr([error]) == f"[{name}({str(error)!r})]"
+
+
 def test_what_is_unknown_is_none() -> None:
     error = s3c.S3CacheError("It went wrong")
     assert str(error) == "It went wrong"

@@ -375,8 +375,10 @@ def test_without_credentials_the_refusal_says_what_to_do(
     error = failing(get, publish({}, private=True), s3c.AccessDeniedError)
     assert (error.status, error.code) == (403, "AccessDenied")
     assert "not public" in str(error)
-    assert "credentials" in str(error)
-    assert signed(server) == [False]
+    assert "install boto3" in error.hint or "boto3 finds no credentials" in error.hint
+    error = failing(get, publish({}, private=True), s3c.AccessDeniedError, anonymous=True)
+    assert "as anonymous=True says" in error.hint
+    assert signed(server) == [False, False]
 
 
 @NEEDS_BOTO3

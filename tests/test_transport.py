@@ -103,8 +103,25 @@ def test_a_refused_connection_is_retried_until_the_server_is_up(
 @pytest.mark.usefixtures("quick")
 def test_a_server_that_stays_down_is_named_with_its_port(bound: socket.socket, get: Get) -> None:
     error = failing(get, f"http://{address(bound)}/a")
-    assert address(bound) in str(error)
+    assert f"Connection to {address(bound)} failed" in str(error)
+    assert "Check the endpoint" in error.hint
     assert (error.attempts, error.errno) == (s3c._RETRIES + 1, errno.ECONNREFUSED)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("key", ["a.json", "tree/"])
+def test_a_lost_connection_is_an_error_of_what_was_asked_for(
+    key: str, bound: socket.socket, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address(bound)}")
+    error = failing(get, f"s3://bucket/{key}")
+    assert (error.uri, address(bound) in str(error)) == (f"s3://bucket/{key}", True)
+
+
+def test_an_endpoint_that_is_no_url_is_named(get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+    with pytest.raises(ValueError, match=r"AWS_ENDPOINT_URL.*'localhost:9000'.*http://host:port"):
+        get("s3://bucket/a.json")
 
 
 def resolving(monkeypatch: pytest.MonkeyPatch, *hosts: str) -> list[Any]:
@@ -897,6 +914,17 @@ def test_a_proxy_we_cannot_use_is_said_so(
     assert "proxy" in str(error).lower()
     assert "sesame" not in str(error)
     assert error.attempts == 1
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("url", ["http://far.example/a", "https://far.example/a"])
+def test_a_proxy_that_is_down_is_named(
+    url: str, bound: socket.socket, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", f"http://{address(bound)}")
+    error = failing(get, url)
+    assert f"Connection to proxy {address(bound)} failed" in str(error)
+    assert (error.uri, "HTTPS_PROXY" in error.hint) == (url, True)
 
 
 def test_a_proxy_that_floods_instead_of_a_tunnel_ends(
