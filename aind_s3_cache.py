@@ -165,7 +165,7 @@ def _path_class() -> type[Path]:
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
     from concurrent.futures import Executor
     from io import FileIO
     from pathlib import Path, PurePath
@@ -1147,6 +1147,7 @@ class _Stop:
         # An event and not a flag: pauses between retries end with it, too.
         self.event = threading.Event()
         self._held: set[Any] = set()  # whatever has a stop() of its own
+        self.grace: float = parent.grace / 2 if parent else 0.8  # who is inside must end before us
         if parent:
             parent.hold(self)
 
@@ -1353,15 +1354,33 @@ class _Connection:
             _POOL.give(self)
 
     def readable(self) -> bool:
-        """Tell whether something has come. Over TLS that may be less than an answer: never sure."""
+        """Tell whether something has come; over TLS that may be less than a byte of an answer."""
         import select
 
-        if self.tls:
+        if hasattr(select, "poll"):  # select refuses descriptors above 1023
+            poll = select.poll()
+            poll.register(self.sock, select.POLLIN)
+            return bool(poll.poll(0))
+        return bool(select.select([self.sock], [], [], 0)[0])
+
+    def is_spoilt(self) -> bool:
+        """Tell whether a kept connection has brought what nobody asked for, or its end."""
+        if not self.tls:
+            return self.readable()
+        sock: Any = self.sock
+        if not sock.pending() and not self.readable():
             return False
+        import ssl
+
+        sock.settimeout(0)
         try:
-            return bool(select.select([self.sock], [], [], 0)[0])
-        except ValueError:  # a number too large for select
+            sock.recv(1)
+        except ssl.SSLWantReadError:  # a session ticket, and nothing else
+            sock.settimeout(_STALL_TIMEOUT)
             return False
+        except OSError:
+            pass
+        return True
 
     def receive(self, deadline: float) -> bytes:
         """Return what comes next before the deadline; b"" at the end of the connection."""
@@ -1405,7 +1424,7 @@ class _Connection:
         _TURN.leave()
         size = self.sock.recv_into(view)
         now = time.monotonic()
-        if self.tls:
+        if self.tls and 0 < size < len(view):
             size, now = self._gather(view, size, now)
         self.slow_bytes += size
         if now - self.slow_since > _SLOW_WINDOW:
@@ -1417,14 +1436,17 @@ class _Connection:
     def _gather(self, view: memoryview, size: int, now: float) -> tuple[int, float]:
         """Read on for 20 ms: TLS gives 16 KiB at a time, and each would cost a round of its own."""
         enough = now + 0.02
-        while 0 < size < len(view) and now < enough:
-            try:
+        self.sock.settimeout(0.02)
+        try:
+            while size < len(view) and now < enough:
                 more = self.sock.recv_into(view[size:])
-            except OSError:  # what came is good; the next call meets the error again
-                break
-            if not more:
-                break
-            size, now = size + more, time.monotonic()
+                if not more:
+                    break
+                size, now = size + more, time.monotonic()
+        except OSError:  # what came is good; the next call meets the error again
+            pass
+        finally:
+            self.sock.settimeout(_STALL_TIMEOUT)
         return size, now
 
 
@@ -1453,7 +1475,7 @@ class _Pool:
                     break
         # Servers close idle connections unannounced; an attempt on a dead one costs a round trip.
         # And what came unasked is the end, or an answer to nothing: never the one to what is next.
-        if found and (now - found.idle_since > _IDLE_SECONDS or found.readable()):
+        if found and (now - found.idle_since > _IDLE_SECONDS or found.is_spoilt()):
             found.close()
             return self.take(key)
         return found
@@ -1801,7 +1823,7 @@ def _read_answer(
 ) -> tuple[int, dict[str, str], _Body]:
     """Read the head of the answer to the request that was sent last."""
     _TURN.work_ahead()
-    if not (_TURN.awaited and connection.readable()):
+    if connection.tls or not (_TURN.awaited and connection.readable()):
         _TURN.leave()
     deadline = time.monotonic() + _HEAD_TIMEOUT
     for _ in range(10):  # informational answers (RFC 9110, 15.2); nobody sends more than one or two
@@ -2209,7 +2231,9 @@ class _S3(_Source):
                 raise TransferError("Not an S3 answer: no ETag or length", uri=self.uri, hint=hint)
         return super()._answer(status, headers, body)
 
-    def list_page(self, prefix: str, token: str | None) -> tuple[list[_Key], str | None]:
+    def list_page(
+        self, prefix: str, token: str | None, switch: _Stop | None
+    ) -> tuple[list[_Key], str | None]:
         """Return a page of the objects below a prefix, and the token of the next."""
         raise NotImplementedError
 
@@ -2237,14 +2261,14 @@ class _Unsigned(_S3):
         path = f"{base.target.rstrip('/')}/{self.bucket}/{_quote(key)}{query}"
         return _Place(base.origin, path, base.auth)
 
-    def _region(self, headers: dict[str, str], body: bytes) -> str:
+    def _region(self, headers: dict[str, str], body: bytes, switch: _Stop | None) -> str:
         """Return the bucket's region that an answer tells; ask the bucket if it does not.
 
         ``Location`` and ``<Endpoint>`` are never used: who controls them would choose the host.
         """
         told = headers.get("x-amz-bucket-region") or _parse_error(body).get("Region", "")
         if not told:
-            exchange = _Exchange(self._at("", ""), self.env, method="HEAD")
+            exchange = _Exchange(self._at("", ""), self.env, method="HEAD", switch=switch)
             _, headers, reply = exchange.answer()
             reply.close()
             told = headers.get("x-amz-bucket-region", "")
@@ -2264,7 +2288,7 @@ class _Unsigned(_S3):
         opt_in = _parse_error(text).get("Code") == "IllegalLocationConstraintException"
         if not (moved or opt_in or "x-amz-bucket-region" in headers):
             raise self._error(status, headers, text)
-        region = self._region(headers, text)
+        region = self._region(headers, text, exchange.switch)
         if region:
             _log(_DEBUG, "%s is in %s", self.bucket, region)
             _REGIONS[self.endpoint, self.bucket] = region
@@ -2282,11 +2306,15 @@ class _Unsigned(_S3):
     def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
         return self._answer(*self._settled(lambda: self.exchange(ask), begun))
 
-    def list_page(self, prefix: str, token: str | None) -> tuple[list[_Key], str | None]:
+    def list_page(
+        self, prefix: str, token: str | None, switch: _Stop | None
+    ) -> tuple[list[_Key], str | None]:
         query = f"?list-type=2&encoding-type=url&prefix={_quote(prefix, _WORD)}"
         if token:
             query += f"&continuation-token={_quote(token, _WORD)}"
-        status, headers, body = self._settled(lambda: _Exchange(self._at("", query), self.env))
+        status, headers, body = self._settled(
+            lambda: _Exchange(self._at("", query), self.env, switch=switch)
+        )
         if status != 200:
             raise self._error(status, headers, _read_error(body))
         page = _read_up_to(body, _LIST_LIMIT + 1)
@@ -2425,7 +2453,9 @@ class _Signed(_S3):
         status = meta.get("HTTPStatusCode") or (206 if "content-range" in headers else 200)
         return self._answer(status, headers, _Stream(got["Body"], self, ask.switch))
 
-    def list_page(self, prefix: str, token: str | None) -> tuple[list[_Key], str | None]:
+    def list_page(
+        self, prefix: str, token: str | None, switch: _Stop | None
+    ) -> tuple[list[_Key], str | None]:
         page = self._call(
             "list_objects_v2", Bucket=self.bucket, Prefix=prefix, ContinuationToken=token
         )
@@ -5265,7 +5295,8 @@ def _list_all(source: _S3, prefix: str, switch: _Stop | None) -> list[_Key]:
     while True:
         if switch:
             switch.check()
-        keys, token = _Patience(switch).insist(partial(source.list_page, prefix, token))
+        page = partial(source.list_page, prefix, token, switch)
+        keys, token = _Patience(switch).insist(page)
         if not all(key.key.startswith(prefix) for key in keys):
             raise TransferError("The listing names keys of elsewhere", uri=source.uri)
         found += [key for key in keys if not (key.key.endswith("/") and key.size == 0)]

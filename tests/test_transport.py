@@ -6,6 +6,7 @@ The rows of "Transport" and "Odd framing" in the fault matrix, each on a real so
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import os
 import socket
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import Run
+from conftest import BUCKET, Run
 from server import BYE, CLOSE, RESET, STALL, Server, chunked, render
 from subject import s3c
 
@@ -324,16 +325,46 @@ UNASKED = {
 }
 
 
+def after_what_is_unasked(server: Server, unasked: str, get: Get) -> bytes:
+    """What is read of an object after another one was answered twice on the same connection."""
+    server.put(BUCKET, "b", b"right")
+    server.on_path("/a1", raw=[UNASKED["an answer"], 0.05, UNASKED[unasked]])
+    get(f"{server.url}/{BUCKET}/a1")
+    time.sleep(0.2)
+    content: bytes = get(f"{server.url}/{BUCKET}/b").path.read_bytes()
+    return content
+
+
 @pytest.mark.parametrize("unasked", UNASKED)
 def test_what_comes_unasked_is_no_answer_to_what_is_asked_next(
-    unasked: str, server: Server, publish: Publish, get: Get
+    unasked: str, server: Server, tls_server: Server, get: Get
 ) -> None:
     """Broken variant: the next caller got another object's bytes, and they were cached as his."""
-    uri, first = publish(b"right", "b"), publish(b"AAA", "a1")
-    server.on_path("/a1", raw=[UNASKED["an answer"], 0.05, UNASKED[unasked]])
-    get(first)
-    time.sleep(0.2)
-    assert get(uri).path.read_bytes() == b"right"
+    assert after_what_is_unasked(server, unasked, get) == b"right"
+    assert after_what_is_unasked(tls_server, unasked, get) == b"right"
+
+
+def test_what_comes_unasked_is_seen_among_a_thousand_open_files(server: Server, get: Get) -> None:
+    """Broken variant: `select` knows no descriptor above 1023."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1400), hard))
+    with contextlib.ExitStack() as held:
+        for _ in range(1100):
+            held.enter_context(open(os.devnull))
+        assert after_what_is_unasked(server, "an answer", get) == b"right"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_came_over_tls_is_reported_before_a_stall_is(
+    tls_server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_STALL_TIMEOUT", 2.0)
+    monkeypatch.setattr(s3c, "_RETRIES", 0)
+    tls_server.always(raw=[head('ETag: "a"', "Content-Length: 500000"), 0.1, b"x" * 100, STALL])
+    began, told = time.monotonic(), []
+    failing(get, f"{tls_server.url}/a", progress=lambda _: told.append(time.monotonic() - began))
+    assert told[0] < 1.0
 
 
 def test_a_connection_that_idled_too_long_is_not_used_again(
