@@ -4443,15 +4443,28 @@ class LocalizedResource(_Record):
         return self._path
 
 
+class _Theirs(Exception):
+    """What the caller's progress raised, past all who judge and retry what a transfer raises."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class _Meter:
     """Passes byte counts to the caller's progress, from any thread."""
 
     def __init__(self, callback: Callable[[int], object]) -> None:
-        self._callback, self._lock = callback, threading.Lock()
+        self.callback, self._lock = callback, threading.Lock()
 
     def __call__(self, size: int) -> None:
         with self._lock:
-            self._callback(size)
+            try:
+                self.callback(size)
+            except _Theirs:
+                raise
+            except Exception as error:
+                raise _Theirs(error) from None
 
     def expect(self, size: int) -> None:
         pass
@@ -4660,9 +4673,11 @@ class _Flight:
 
     def __exit__(self, _: object, error: object, __: object) -> None:
         stopped = self._switch is not None and self._switch.event.is_set()
-        if self._shares and not stopped and isinstance(error, TransferError):
-            self._fail(error)
-        self.release()
+        try:
+            if self._shares and not stopped and isinstance(error, TransferError):
+                self._fail(error)
+        finally:
+            self.release()
 
 
 def _after_fork() -> None:
@@ -4740,9 +4755,10 @@ class _Crew:
             while True:
                 with self._changed:
                     self._changed.wait_for(self._is_due, _GROW_EVERY)
+                done = not self.active  # before the errors: the last worker notes its own first
                 if self._errors:
                     raise self._errors[0]
-                if not self.active:
+                if done:
                     return
                 if self._wanted:
                     self._serve()
@@ -4754,7 +4770,8 @@ class _Crew:
                 self._changed.notify_all()
                 # Threads are daemons and their sockets shut; one that resolves a name or connects
                 # may need half a minute. A second is all that an error or Ctrl-C may take.
-                self._changed.wait_for(self._is_idle, 0.8)
+                self._changed.wait_for(self._is_idle, self._switch.grace)
+            self._errors.clear()  # whoever stays behind must not keep what the traceback holds
             raise
 
     def _is_idle(self) -> bool:
@@ -5841,6 +5858,8 @@ def _localize(text: str, opt: _Options, look: _Look | None = None) -> LocalizedR
     except S3CacheError as error:
         error.uri = error.uri or _redact(text)
         raise
+    except _Theirs as raised:
+        raise raised.error from raised.error.__cause__
 
 
 def get_local_path_for_resource(
@@ -5950,7 +5969,7 @@ def _task(uri: str, options: dict[str, Any], collect: bool) -> LocalizedResource
 
 def _unique(
     uris: Iterable[StrPath], order: list[Any], wrong: dict[Any, Any] | None
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Yield each URI that is new, and note in order what was asked for; raise or note what is none.
 
     In a column of a table, a missing value is not even text.
@@ -6070,9 +6089,11 @@ def get_local_paths_for_resources(
             for text, result in zip(texts, executor.map(task, texts)):
                 results[text] = result
                 if isinstance(result, LocalizedResource) and result.status == "downloaded":
-                    meter(result.size or 0)
+                    meter.callback(result.size or 0)
     finally:
         meter.close()
+        if not ready:
+            work.close()
     return [results[text] for text in order]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 import random
 import signal
@@ -20,7 +22,7 @@ from typing import Any, Callable
 
 import pytest
 from conftest import BUCKET, Run
-from server import BYE, RESET, Server
+from server import BYE, RESET, STALL, Server
 from subject import name as subject_name
 from subject import s3c
 
@@ -330,6 +332,88 @@ def test_an_error_does_not_wait_for_a_handshake(
 ) -> None:
     tls_server.accept_delay = 5
     assert seconds_to_fail(get_all, f"{tls_server.url}/a") < 3
+
+
+STALLED_TREE = """
+import os, socket, sys, time, SUBJECT as s3c
+look_up, calls = socket.getaddrinfo, []
+def look_up_slowly(*args, **options):
+    calls.append(args)
+    if len(calls) > 2:
+        time.sleep(8)
+    return look_up(*args, **options)
+socket.getaddrinfo = look_up_slowly
+try:
+    s3c.get_local_paths_for_resources(sys.argv[2:], cache_dir=sys.argv[1])
+except s3c.NotFoundError:
+    os._exit(7)
+"""
+
+
+def test_a_tree_beside_what_fails_leaves_no_directory(
+    server: Server, cache: Path, run_python: Run
+) -> None:
+    """Broken variant: the call was over before the tree's own batch was."""
+    for number in range(40):
+        server.put(BUCKET, f"t/{number}", b"x")
+    server.on_path("/t/", 503)
+    server.on_path("/missing", raw=[1.5, b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"])
+    done = run_python(
+        STALLED_TREE, cache, f"s3://{BUCKET}/t/", f"{server.url}/missing", check=False
+    )
+    assert done.returncode == 7
+    assert not list((cache / "aind-s3-cache" / "trees").iterdir())
+
+
+def test_an_error_ends_the_listing_of_a_tree(server: Server, get_all: Get) -> None:
+    server.on_path("list-type", raw=[b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n<a", STALL])
+    server.on_path("/missing", raw=[0.5, b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"])
+    with pytest.raises(s3c.NotFoundError):
+        get_all(iter([f"s3://{BUCKET}/t/", f"{server.url}/missing"]))
+    assert not s3c._POOL._all - set(s3c._POOL._idle)
+
+
+def test_an_error_noted_at_the_last_moment_is_not_lost() -> None:
+    """Broken variant: errors are looked at, then one fails, then nobody is active any more."""
+    looked = threading.Event()
+
+    class Noted(list):  # type: ignore[type-arg]
+        def __bool__(self) -> bool:
+            noted = len(self) > 0
+            looked.set()
+            while crew.active:
+                time.sleep(0.001)
+            return noted
+
+    def work() -> None:
+        looked.wait()
+        raise LookupError
+
+    crew = s3c._Crew(work, s3c._Stop())
+    crew._errors = Noted()
+    crew._is_due = lambda: not crew.active
+    with pytest.raises(LookupError):
+        crew.run(1, lambda active: 0)
+
+
+def test_an_error_ends_the_generator_at_once_and_in_its_thread(
+    server: Server, get_all: Get
+) -> None:
+    ended_by: list[int] = []
+
+    def held() -> Iterator[str]:
+        try:
+            yield from (f"s3://{BUCKET}/missing-{number}" for number in itertools.count())
+        finally:
+            ended_by.append(threading.get_ident())
+
+    gc.disable()
+    try:
+        with pytest.raises(s3c.NotFoundError):
+            get_all(held())
+        assert ended_by == [threading.get_ident()]
+    finally:
+        gc.enable()
 
 
 FETCH = """

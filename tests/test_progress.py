@@ -43,6 +43,34 @@ def test_large_objects_report_as_they_come(publish: Publish, cache: Path) -> Non
     assert max(got) <= 4 * MiB
 
 
+FOREIGN = [
+    lambda: s3c.TransferError("another's", uri="http://other/x", retry="soon"),
+    lambda: s3c.IntegrityError("another's", uri="http://other/x"),
+    lambda: s3c.NotFoundError("another's", uri="s3://other/x", status=404, code="NoSuchKey"),
+    lambda: OSError(28, "another's"),
+]
+
+
+@pytest.mark.parametrize("error", FOREIGN)
+@pytest.mark.parametrize("key", ["small", "large", "tree/"])
+def test_what_progress_raises_is_the_callers(
+    key: str, error: Any, publish: Publish, cache: Path
+) -> None:
+    """It may have called us for another object: that error is no news of this one."""
+    publish(b"x", "tree/a")
+    publish(bytes(20 * MiB), "large")
+    raised: list[Exception] = []
+
+    def fail(size: int) -> None:
+        raised.append(error())
+        raise raised[-1]
+
+    with pytest.raises(Exception, match="another's") as caught:
+        get(publish(b"x", "small").replace("small", key), cache, progress=fail)
+    assert caught.value in raised
+    assert str(caught.value) == str(error())
+
+
 def test_the_sum_holds_after_a_cut_connection(
     server: Server, publish: Publish, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,20 @@ def test_threads_that_wait_for_one_whose_server_fails_fail_with_it(
     assert not s3c._FLIGHTS
 
 
+def test_a_ctrl_c_while_a_failure_is_shared_leaves_nobody_waiting(
+    server: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(s3c, "_RETRIES", 0)
+    monkeypatch.setattr(s3c._Flight, "_fail", interrupted)
+    uri, _ = publish(b"x"), server.always(500)
+    with pytest.raises(KeyboardInterrupt):
+        get(uri)
+    assert not s3c._FLIGHTS
+
+
 def test_who_comes_after_a_failure_asks_anew(
     server: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
