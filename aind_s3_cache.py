@@ -3176,6 +3176,12 @@ def _touch(path: str) -> None:
         pass
 
 
+def _drop_partial(path: str) -> None:
+    # By whole name, and not as a prefix: a process numbers its files, and 10 begins like 1.
+    _unlink(path + ".data")
+    _unlink(path + ".log")
+
+
 class _Store:
     """One cache directory. Reading never writes; directories are made by the first write."""
 
@@ -3329,8 +3335,7 @@ class _Store:
 
     def drop_partials(self, prefix: str) -> None:
         for path in self.partials(prefix):
-            _unlink(path + ".data")
-            _unlink(path + ".log")
+            _drop_partial(path)
 
     def pulse(self, ident: str) -> int:
         """Return a number that changes while somebody downloads this object; 0 if nobody does."""
@@ -3575,7 +3580,7 @@ class _Partial:
             # On the file system's own clock: hosts may differ by more.
             idle = os.fstat(self.log).st_mtime - _newest(path + ".log", path + ".data")
             if self._alone and idle > _DEAD:
-                self.store.drop_partials(os.path.basename(path))
+                _drop_partial(path)
         return copied
 
     def _take_one(self, index: int) -> bool:
@@ -3660,7 +3665,7 @@ class _Partial:
                 os.close(self.log)
 
     def discard(self) -> None:
-        self.store.drop_partials(os.path.basename(self.path))
+        _drop_partial(self.path)
 
 
 class _Record:
@@ -3961,7 +3966,7 @@ class _Keeper(_Store):
         if entry.kind == "partial":
             if _newest(path + ".log", path + ".data") > entry.last_used:
                 return False
-            self.drop_partials(os.path.basename(path))
+            _drop_partial(path)
             return True
         aside = _aside(os.path.dirname(path))
         stamps = [_sidecar(path, kind) for kind in "uv"]

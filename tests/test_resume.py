@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 import signal
@@ -465,6 +466,25 @@ def test_many_that_are_broken_off_leave_one_partial_file(
         with pytest.raises(KeyboardInterrupt):
             get(uri, max_concurrency=2, progress=interrupt_at(at * MiB))
     assert len(list(parts(cache).glob("*.data"))) == 1
+
+
+def test_a_dead_partial_file_whose_name_begins_ours_goes_without_it(
+    server: Server, publish: Publish, get: Get, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process numbers its files: what is made as number 10 begins like number 1."""
+    monkeypatch.setattr(s3c, "_SERIAL", itertools.count(1))
+    uri = publish(DATA)
+    with pytest.raises(KeyboardInterrupt):
+        get(uri, max_concurrency=2, progress=interrupt_at(4 * MiB))
+    (data,) = parts(cache).glob("*.data")
+    stand_still(cache)
+    serial = data.stem.rpartition(".")[2].removeprefix(s3c._process_id())
+    monkeypatch.setattr(s3c, "_SERIAL", itertools.count(int(serial + "000", 16)))
+    kept = logged(cache)
+    start_counting(server)
+    assert get(uri).path.read_bytes() == DATA
+    assert server.bytes_sent <= SIZE - kept + 8 * MiB
+    assert list(parts(cache).iterdir()) == []
 
 
 @pytest.mark.root
