@@ -2701,11 +2701,12 @@ class _Bytes(_Sink):
         return self.view[self.at : stop]
 
 
-def _crcs(chunks: Iterable[bytes | memoryview]) -> bytes:
-    """Return the CRC32s of chunks, one after the other."""
+def _crcs(data: bytes | memoryview) -> bytes:
+    """Return the CRC32s of the chunks of data, one after the other."""
     from zlib import crc32
 
-    return b"".join([crc32(chunk).to_bytes(4, "big") for chunk in chunks])
+    starts = range(0, len(data), _CHUNK)
+    return b"".join([crc32(data[at : at + _CHUNK]).to_bytes(4, "big") for at in starts])
 
 
 class _Chunks(_Sink):
@@ -2740,8 +2741,7 @@ class _Chunks(_Sink):
     def _flush(self, size: int) -> None:
         view, left = self._buffer[:size], self.at - self._base - size
         self._file.write(view, self._base)
-        crcs = _crcs(view[at : at + _CHUNK] for at in range(0, size, _CHUNK))
-        self._file.finish(self._base // _CHUNK, crcs)
+        self._file.finish(self._base // _CHUNK, _crcs(view))
         self._buffer[:left] = self._buffer[size : size + left]
         self._base += size
         self._due = time.monotonic() + _LOG_EVERY
@@ -3114,7 +3114,7 @@ def _checksum(crcs: bytes | bytearray) -> str:
 def _checksum_of_file(path: str) -> str:
     """Read a file back and return its checksum."""
     with open(path, "rb", buffering=_CHUNK) as file:
-        return _checksum(_crcs(iter(partial(file.read, _CHUNK), b"")))
+        return _checksum(b"".join(map(_crcs, iter(partial(file.read, _CHUNK), b""))))
 
 
 _KNOWN_ROOTS: dict[str, tuple[int, int]] = {}  # root -> (device, inode) once found safe
@@ -3596,7 +3596,7 @@ class _Partial:
         try:
             file.seek(start)
             data = file.read(stop - start)
-            if len(data) == stop - start and _crcs([data]) == crc:
+            if len(data) == stop - start and _crcs(data) == crc:
                 self.write(memoryview(data), start)
                 self.finish(index, crc)
                 return len(data)
@@ -5194,8 +5194,7 @@ class _Fetch:
             sha = _hasher("sha256")
             sha.update(sink.data)
             validator = "n" + sha.hexdigest()[:20]
-        crcs = _crcs(sink.view[at : at + _CHUNK] for at in range(0, size, _CHUNK))
-        name = self._name(validator, size, _checksum(crcs))
+        name = self._name(validator, size, _checksum(_crcs(sink.view)))
         return self.store.add(self.ident, name, sink.view, self.source.private)
 
     def _stream(self, answer: _Answer) -> str:
