@@ -4110,20 +4110,20 @@ def _ident(place_id: tuple[str, ...]) -> str:
 # Loaders on top of the sources: they read, they do not cache. A document is a mapping, or an error.
 
 
-def _too_large(source: _Source, limit: int) -> InvalidJSONError:
-    return InvalidJSONError(f"JSON document of more than {_human(limit)}", uri=source.uri)
+def _too_large(source: _Source) -> InvalidJSONError:
+    return InvalidJSONError(f"JSON document of more than {_human(_JSON_LIMIT)}", uri=source.uri)
 
 
-def _collect(source: _Source, answer: _Answer, limit: int, patience: _Patience) -> bytearray:
-    """Return a whole body of at most limit bytes."""
+def _collect(source: _Source, answer: _Answer, patience: _Patience) -> bytearray:
+    """Return a whole body, if it is not too large for a document."""
     if answer.total is None:
-        data = bytearray(_read_up_to(answer.body, limit + 1))
-        if len(data) > limit:
-            raise _too_large(source, limit)
+        data = bytearray(_read_up_to(answer.body, _JSON_LIMIT + 1))
+        if len(data) > _JSON_LIMIT:
+            raise _too_large(source)
         return data
-    if answer.total > limit:
+    if answer.total > _JSON_LIMIT:
         answer.body.close()
-        raise _too_large(source, limit)
+        raise _too_large(source)
     sink = _Bytes(answer.total)
     _pull(source, answer, sink, answer.total, patience)
     return sink.data
@@ -4173,7 +4173,7 @@ def _inflate(data: bytes, source: _Source, coding: str) -> bytes:
         if out is None:
             raise InvalidJSONError(f"Truncated {coding} data", uri=source.uri)
         if len(out) > _JSON_LIMIT:
-            raise _too_large(source, _JSON_LIMIT)
+            raise _too_large(source)
         data = out
     return data
 
@@ -4206,7 +4206,7 @@ def _read_json(source: _Source) -> dict[str, Any]:
             if answer.status != 200:
                 answer.body.close()
                 raise TransferError("Unexpected answer", uri=source.uri, status=answer.status)
-            data = _collect(source, answer, _JSON_LIMIT, patience)
+            data = _collect(source, answer, patience)
             _check_bytes(source, answer, data)
         except _Changed:
             patience.after(TransferError("The object keeps changing", uri=source.uri, retry="soon"))
