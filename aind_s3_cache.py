@@ -4562,6 +4562,7 @@ class _Options:
         offline: bool = False,
         stale_if_error: bool = False,
         version_id: str | None = None,
+        progress: Progress = None,
     ) -> None:
         if max_concurrency < 1 or multipart_threshold_bytes < 1:
             raise ValueError("max_concurrency and multipart_threshold_bytes must be at least 1")
@@ -4575,7 +4576,7 @@ class _Options:
         self.max_concurrency, self.threshold = max_concurrency, multipart_threshold_bytes
         self.max_age, self.stale_if_error = max_age, stale_if_error
         self.version = version_id
-        self.meter = _meter(None)
+        self.meter = _meter(progress)
         self.switch: _Stop | None = None
 
     def under(self, switch: _Stop) -> _Options:
@@ -5953,8 +5954,8 @@ def get_local_path_for_resource(
         offline=offline,
         stale_if_error=stale_if_error,
         version_id=version_id,
+        progress=progress,
     )
-    opt.meter = _meter(progress)
     try:
         return _localize(_text(uri_or_path), opt)
     finally:
@@ -6061,14 +6062,13 @@ def get_local_paths_for_resources(
     unknown = set(options) - set(_Options.__init__.__kwdefaults__ or ())
     if unknown:
         raise TypeError(f"get_local_paths_for_resources() has no option {min(unknown)!r}")
-    opt = _Options(**options)
+    opt = _Options(**options, progress=progress)
     if max_workers is not None and max_workers < 1:
         raise ValueError("max_workers must be at least 1")
     if isinstance(uris, (str, bytes, os.PathLike)):
         raise TypeError("expected an iterable of URIs, not one: use get_local_path_for_resource")
     order: list[Any] = []
     results: dict[Any, Any] = {}
-    meter = opt.meter = _meter(progress)
     # A list can be looked ahead of; a generator may take its time with the next one.
     ready = hasattr(uris, "__len__")
     work = _unique(list(uris) if ready else uris, order, results if return_exceptions else None)
@@ -6093,9 +6093,9 @@ def get_local_paths_for_resources(
             for text, result in zip(texts, executor.map(task, texts)):
                 results[text] = result
                 if isinstance(result, LocalizedResource) and result.status == "downloaded":
-                    meter.callback(result.size or 0)
+                    opt.meter.callback(result.size or 0)
     finally:
-        meter.close()
+        opt.meter.close()
         if not ready:
             work.close()
     return [results[text] for text in order]
