@@ -380,9 +380,9 @@ class S3CacheError(Exception):
         tags = list(dict.fromkeys(str(tag) for tag in (self.status, self.code) if tag))
         if self.attempts > 1:
             tags.append(f"after {self.attempts} attempts")
-        return (
-            text + (f" ({', '.join(tags)})" if tags else "") + (f". {self.hint}" * bool(self.hint))
-        )
+        if tags:
+            text += f" ({', '.join(tags)})"
+        return f"{text}. {self.hint}" if self.hint else text
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"
@@ -2151,7 +2151,7 @@ class _Source:
             cls = AccessDeniedError
         if status >= 500 or retry != "no":
             cls = TransferError
-        hint = _HINTS.get(code or "", "")
+        hint = _HINTS.get(code or "")
         if code in _EXPIRED_CODES:
             hint = "The credentials have expired: log in again, or use anonymous=True"
         elif self.signed and code == "AccessDenied":
@@ -2165,7 +2165,7 @@ class _Source:
             uri=self.uri,
             status=status,
             code=code and _printable(code[:80]),
-            hint=hint or None,
+            hint=hint,
             retry=retry,
             retry_after=_retry_after(headers, time.time()),
         )
@@ -6008,10 +6008,10 @@ def _sendable(options: dict[str, Any], executor: Executor) -> None:
         try:
             pickle.dumps(value)
         except Exception:
-            hint = "; use anonymous=False and credentials in the environment" * (
-                name == "s3_client"
-            )
-            raise TypeError(f"{name} cannot be sent to {type(executor).__name__}{hint}") from None
+            text = f"{name} cannot be sent to {type(executor).__name__}"
+            if name == "s3_client":
+                text += "; use anonymous=False and credentials in the environment"
+            raise TypeError(text) from None
 
 
 def get_local_paths_for_resources(
