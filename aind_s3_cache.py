@@ -790,6 +790,10 @@ class _Place:
         usual = port == _PORTS[scheme]
         return self.address.rpartition(":")[0] if usual else self.address
 
+    def login(self, header: str) -> str:
+        """Return the header line that logs in here, "" where nobody has to."""
+        return f"{header}: {self.auth}\r\n" if self.auth else ""
+
     def __str__(self) -> str:
         return f"{self.origin[0]}://{self.netloc}{self.target.partition('?')[0]}"
 
@@ -1622,8 +1626,7 @@ def _dial(origin: Origin, deadline: float) -> Socket:
 
 def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None:
     """Ask the proxy for a tunnel (RFC 9110, 9.3.6)."""
-    login = f"Proxy-Authorization: {proxy.auth}\r\n" if proxy.auth else ""
-    target = place.address
+    target, login = place.address, proxy.login("Proxy-Authorization")
     sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{login}\r\n".encode("latin-1"))
     sock.settimeout(_STALL_TIMEOUT)  # as `receive` expects
     wire = _Connection(sock, ())
@@ -1874,14 +1877,14 @@ class _Exchange:
 
     def _send(self, connection: _Connection) -> None:
         place, proxy = self.place, self.proxy
-        target, login = place.target, place.auth and f"Authorization: {place.auth}\r\n"
+        target, login = place.target, place.login("Authorization")
         if proxy and place.origin[0] == "http":
             target = f"http://{place.netloc}{target}"
-            login = (login or "") + (f"Proxy-Authorization: {proxy.auth}\r\n" * bool(proxy.auth))
+            login += proxy.login("Proxy-Authorization")
         text = (
             f"{self.method} {target} HTTP/1.1\r\nHost: {place.netloc}\r\n"
             f"User-Agent: aind-s3-cache/{__version__}\r\nAccept: */*\r\n"
-            f"Accept-Encoding: identity\r\n{login or ''}{self.fields}\r\n"
+            f"Accept-Encoding: identity\r\n{login}{self.fields}\r\n"
         )
         connection.switch = self.switch
         try:
