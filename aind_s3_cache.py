@@ -1335,7 +1335,7 @@ class _Connection:
         self.idle_since = self.slow_since = time.monotonic()
         self.slow_bytes = 0
         self.switch: _Stop | None = None
-        self.tls = len(key) > 2
+        self.tls = key[0][0] == "https"
 
     def stop(self) -> None:
         """Wake whoever waits on the socket, from another thread."""
@@ -1629,7 +1629,7 @@ def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None
     target, login = place.address, proxy.login("Proxy-Authorization")
     sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{login}\r\n".encode("latin-1"))
     sock.settimeout(_STALL_TIMEOUT)  # as `receive` expects
-    wire = _Connection(sock, ())
+    wire = _Connection(sock, (proxy.origin,))
     status, _, _ = _parse_head(wire.until(b"\r\n\r\n", deadline))
     if status != 200 or wire.data:
         kind = _retry_kind(status, None)
@@ -1871,9 +1871,8 @@ class _Exchange:
         origin = self.place.origin
         self.proxy = proxy = _proxy(origin) if self.env.proxied(origin[0]) else None
         login = proxy and (proxy.origin, proxy.auth)
-        self.key: tuple[Any, ...] = origin, login
-        if origin[0] == "https":
-            self.key = origin, login, self.env.ca
+        ca = self.env.ca if origin[0] == "https" else None
+        self.key: tuple[Any, ...] = origin, login, ca
 
     def _send(self, connection: _Connection) -> None:
         place, proxy = self.place, self.proxy
