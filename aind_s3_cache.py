@@ -1319,16 +1319,7 @@ def _shut_down(sock: Socket) -> None:
 class _Connection:
     """One socket, what was read of it too far, and the pool's notes about it."""
 
-    __slots__ = (
-        "data",
-        "idle_since",
-        "key",
-        "slow_bytes",
-        "slow_since",
-        "sock",
-        "switch",
-        "tls",
-    )
+    __slots__ = ("data", "idle_since", "key", "slow_bytes", "slow_since", "sock", "switch", "tls")
 
     def __init__(self, sock: Socket, key: tuple[Any, ...]) -> None:
         self.sock, self.key, self.data = sock, key, b""
@@ -2073,13 +2064,7 @@ _DIRECTORY_BUCKET = "--x-s3", "--xa-s3"  # how the names of such and of their ac
 class _Ask:
     """A range and conditions: what a source is asked for."""
 
-    __slots__ = (
-        "if_match",
-        "if_modified_since",
-        "if_none_match",
-        "span",
-        "switch",
-    )
+    __slots__ = ("if_match", "if_modified_since", "if_none_match", "span", "switch")
 
     def __init__(
         self,
@@ -5091,13 +5076,7 @@ class _Look:
 
 def _held(source: _Source, entry: _Entry, status: str) -> LocalizedResource:
     return LocalizedResource(
-        entry.path,
-        status != "downloaded",
-        source.kind,
-        status,
-        source.uri,
-        entry.etag,
-        entry.size,
+        entry.path, status != "downloaded", source.kind, status, source.uri, entry.etag, entry.size
     )
 
 
