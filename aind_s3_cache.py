@@ -1184,6 +1184,12 @@ class _Waiter:
         self.gate.acquire()
 
 
+class _Here(threading.local):
+    """Whether this thread is within a turn, and whether it has the turn now."""
+
+    inside = held = False
+
+
 class _Turn:
     """Lets threads do their short work one at a time, and wait for the network together.
 
@@ -1195,7 +1201,7 @@ class _Turn:
     """
 
     def __init__(self) -> None:
-        self._mutex, self._local = threading.Lock(), threading.local()
+        self._mutex, self._here = threading.Lock(), _Here()
         # In rounds, and in each the last comes first: a caller's `map` waits for its first result,
         # and so is woken once a round instead of once a call.
         self._round: list[_Waiter] = []
@@ -1253,11 +1259,11 @@ class _Turn:
 
         False within a turn: a caller's progress function may call us.
         """
-        if getattr(self._local, "inside", False):
+        if self._here.inside:
             return False
         try:
-            self._local.inside, self._local.held = True, False
-            self._local.held = self._take(ahead)
+            self._here.inside, self._here.held = True, False
+            self._here.held = self._take(ahead)
         except BaseException:
             self.exit(True)
             raise
@@ -1266,12 +1272,12 @@ class _Turn:
     def exit(self, entered: bool) -> None:
         if entered:
             self.leave()
-            self._local.inside = False
+            self._here.inside = False
 
     @property
     def awaited(self) -> bool:
         """Tell whether others wait for the turn that this thread has."""
-        return bool(self._round or self._next) and getattr(self._local, "held", False)
+        return bool(self._round or self._next) and self._here.held
 
     def work_ahead(self) -> None:
         """Do for those that are next what they let us do, before we wait ourselves."""
@@ -1294,14 +1300,14 @@ class _Turn:
 
     def leave(self) -> None:
         """Let another thread work: this one is about to wait."""
-        if getattr(self._local, "held", False):
-            self._local.held = False
+        if self._here.held:
+            self._here.held = False
             self._give()
 
     def resume(self) -> None:
         """Go on after a wait, if within a turn."""
-        if getattr(self._local, "inside", False) and not self._local.held:
-            self._local.held = self._take()
+        if self._here.inside and not self._here.held:
+            self._here.held = self._take()
 
 
 _TURN = _Turn()
