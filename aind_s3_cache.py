@@ -849,10 +849,8 @@ def _aws_place(bucket: str, key: str, region: str, query: str) -> _Place:
     """Return where AWS keeps an object: virtual-hosted, or path style where TLS cannot cover it."""
     # A wildcard certificate covers one label, so a dot or underscore forces path style.
     suffix = _dns_suffix(region)
-    virtual = (
-        3 <= len(bucket) <= 63 and not set("._").intersection(bucket) and bucket == bucket.lower()
-    )
-    virtual = virtual and bucket[0] != "-" != bucket[-1]
+    virtual = 3 <= len(bucket) <= 63 and bucket[0] != "-" != bucket[-1]
+    virtual = virtual and bucket == bucket.lower() and not set("._").intersection(bucket)
     host = "s3" if region in ("", "us-east-1", "aws-global") else f"s3.{region}"
     host = f"{bucket}.{host}.{suffix}" if virtual else f"{host}.{suffix}"
     path = _quote(key) if virtual else f"{bucket}/{_quote(key)}"
@@ -1654,10 +1652,9 @@ def _wire_error(error: Exception, place: _Place, proxy: str = "") -> S3CacheErro
     hint = "Check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY" if proxy else None
     make = partial(TransferError, errno=number, hint=hint)
     if isinstance(error, socket.gaierror):
-        again = number == socket.EAI_AGAIN
+        retry = "soon" if number == socket.EAI_AGAIN else "once"
         hint = hint or "Check the name, the endpoint and the network"
-        name = proxy + place.origin[1]
-        return make(f"Cannot resolve {name}", retry="soon" if again else "once", hint=hint)
+        return make(f"Cannot resolve {proxy}{place.origin[1]}", retry=retry, hint=hint)
     if number == errno.ECONNREFUSED and not proxy:
         make = partial(make, hint="Check the endpoint, and that its server runs")
     if _timed_out(error):
@@ -2168,12 +2165,11 @@ class _HTTP(_Source):
     """A file behind an http(s) URL."""
 
     def __init__(self, url: str, env: _Env) -> None:
-        self.place, self.env = _place(url), env
-        self.uri = _redact(url)
-        path = self.place.target.partition("?")[0]
         from urllib.parse import unquote
 
-        self.name = unquote(path.rpartition("/")[2])
+        self.place, self.env = _place(url), env
+        self.uri = _redact(url)
+        self.name = unquote(self.place.target.partition("?")[0].rpartition("/")[2])
         self.place_id = ("http", url.partition("#")[0])
         # A password or a presigned query is a credential: what it brings is nobody else's.
         self.private = self.place.auth is not None or "?" in self.place.target
@@ -3072,7 +3068,8 @@ def _unlink(path: str) -> bool:
 def _rename(source: str, target: str) -> None:
     """Rename, as patiently as Windows wants it: a scanner may hold a file for a moment."""
     for pause in (0.0, 0.02, 0.1, 0.3, 0.6):
-        time.sleep(pause) if pause else None
+        if pause:
+            time.sleep(pause)
         try:
             return os.replace(source, target)
         except IsADirectoryError:  # none of ours: aside with it, where the sweep finds it
@@ -3265,7 +3262,7 @@ class _Store:
         paths = [directory + os.sep + name for name in names if name.startswith(ident)]
         entries = map(_parse_entry, paths)
         good = [e for e in entries if e and (private or not e.private) and e.check()]
-        return sorted(good, key=lambda e: self.validated(e), reverse=True) if good[1:] else good
+        return sorted(good, key=self.validated, reverse=True) if good[1:] else good
 
     def validated(self, entry: _Entry) -> float:
         """Return when the server last confirmed an entry (seconds since the epoch, UTC)."""
@@ -3630,7 +3627,8 @@ class _Partial:
         with _Disk(directory, self.total):
             os.fsync(self.fd)  # written out of order: without it a power cut leaves zeros
             # The stamp of validation is now, not when the last byte was written.
-            os.utime(self.fd) if os.utime in os.supports_fd else None
+            if os.utime in os.supports_fd:
+                os.utime(self.fd)
             self.store.make(directory)
             self.close()
             _publish(self.path + ".data", final)
@@ -5832,12 +5830,8 @@ def _localize_any(text: str, opt: _Options, look: _Look | None) -> LocalizedReso
             if error.code != "NoSuchKey" or opt.version is not None:
                 raise
             missing = error
-
-    def tree(source: _Source) -> LocalizedResource:
-        return _Tree(source, opt).localize()
-
     try:
-        return opt.access.attempt(target, None, tree)
+        return opt.access.attempt(target, None, lambda source: _Tree(source, opt).localize())
     except (NotFoundError, AccessDeniedError) as error:
         # Of the listing: that there is no such object says more. A file's own error stays.
         raise (missing if missing and error.uri == missing.uri else error) from None
@@ -6365,7 +6359,7 @@ def _do_get(args: Any) -> int:
             failed = 1
             _complain(result)
         else:
-            print(_json_line(_record(result)) if args.json else os.fspath(result), flush=False)
+            print(_json_line(_record(result)) if args.json else os.fspath(result))
     return failed
 
 
