@@ -5772,14 +5772,12 @@ def _local(text: str) -> LocalizedResource:
     """Return a local path as it is."""
     path = _local_path(text)
     try:
-        size = os.stat(path).st_size if path else None
+        size = os.stat(path).st_size
     except (OSError, ValueError):
-        size = None
-    if size is None:
         shown = _redact_path(text)
         lost = text.startswith(("s3:/", "http:/", "https:/"))  # `Path("s3://…")` drops a slash
         hint = "Pass URIs as str: a Path keeps only one slash of two" if lost else None
-        raise NotFoundError(f"Local path not found: {shown!r}", uri=shown, hint=hint)
+        raise NotFoundError(f"Local path not found: {shown!r}", uri=shown, hint=hint) from None
     return LocalizedResource(path, False, "local", "local", text, None, size)
 
 
