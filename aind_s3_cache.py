@@ -2065,24 +2065,22 @@ _DIRECTORY_BUCKET = "--x-s3", "--xa-s3"  # how the names of such and of their ac
 
 
 class _Ask:
-    """A range and conditions: what a source is asked for."""
+    """What a source is asked for: a range, or all where it has no stop, under conditions."""
 
     __slots__ = ("if_match", "if_modified_since", "if_none_match", "span", "switch")
 
     def __init__(
         self,
-        start: int | None = None,
+        start: int = 0,
         stop: int | None = None,
         *,
         if_match: str | None = None,
-        if_none_match: str | None = None,
-        if_modified_since: str | None = None,
         switch: _Stop | None = None,
     ) -> None:
-        self.switch = switch
-        self.span = None if start is None else f"bytes={start}-{'' if stop is None else stop - 1}"
-        self.if_match, self.if_none_match = if_match, if_none_match
-        self.if_modified_since = if_modified_since
+        self.span = None if stop is None else f"bytes={start}-{stop - 1}"
+        self.if_match, self.switch = if_match, switch
+        self.if_none_match: str | None = None
+        self.if_modified_since: str | None = None
 
     @property
     def fields(self) -> str:
@@ -5001,6 +4999,14 @@ def _await_peer(
         time.sleep(0.05)
 
 
+def _first_ask(newest: _Entry | None, opt: _Options) -> _Ask:
+    """Return what to ask for first: a range, unless the object is still what we hold."""
+    ask = _Ask(0, opt.asked, switch=opt.switch)
+    if newest:
+        ask.if_none_match, ask.if_modified_since = newest.etag, newest.modified
+    return ask
+
+
 _ASKED: set[tuple[str, str]] = set()  # (root, object) that a request was sent ahead for
 
 
@@ -5036,19 +5042,12 @@ class _Look:
         """Tell whether another thread may have fetched the object since we looked."""
         return self.landed != _LANDED.get(self.ident[:2])
 
-    def first_ask(self, newest: _Entry | None, opt: _Options) -> _Ask:
-        """Return what to ask for first: a range, unless the object is still what we hold."""
-        etag = newest.etag if newest else None
-        modified = newest.modified if newest else None
-        switch = opt.switch
-        return _Ask(0, opt.asked, if_none_match=etag, if_modified_since=modified, switch=switch)
-
     def ask_ahead(self, source: _Source, opt: _Options, connect: bool = True) -> bool:
         """Send the first request now, to read its answer in the call's turn; False if not."""
         if self.key in _FLIGHTS or self.key in _ASKED:
             return False  # what another thread fetches is not asked for twice
         newest = self.held[0] if self.held else None
-        exchange = source.exchange(self.first_ask(newest, opt))
+        exchange = source.exchange(_first_ask(newest, opt))
         if exchange is None:
             return False
         self.asked = True
@@ -5144,7 +5143,7 @@ class _Fetch:
     def _ask(self, newest: _Entry | None) -> _Answer:
         if self.plain:
             return self.source.read(_Ask(switch=self.opt.switch))
-        return self.source.read(self.look.first_ask(newest, self.opt), self.look.take(newest))
+        return self.source.read(_first_ask(newest, self.opt), self.look.take(newest))
 
     def _bring(self, verdict: str, answer: _Answer) -> LocalizedResource:
         """Bring an object in the way that fits it."""
