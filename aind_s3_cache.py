@@ -1667,36 +1667,6 @@ def _wire_error(error: Exception, place: _Place, proxy: str = "") -> S3CacheErro
     return make(f"Connection to {where} failed: {_printable(reason)}", retry="soon")
 
 
-def _connect(place: _Place, proxy: _Place | None, key: tuple[Any, ...], env: _Env) -> _Connection:
-    """Open a connection, through a proxy and TLS where needed."""
-    _TURN.leave()
-    context: ssl.SSLContext | None = None
-    if place.origin[0] == "https":
-        with _IMPORTS:  # and one thread loads the certificates for all
-            context = _tls_context(env.ca)
-    deadline = time.monotonic() + _CONNECT_TOTAL
-    try:
-        sock = _dial((proxy or place).origin, deadline)
-    except OSError as error:
-        raise _wire_error(error, proxy or place, "proxy " if proxy else "") from None
-    try:
-        if context:
-            if proxy:
-                _tunnel(sock, place, proxy, deadline)
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            # Without close_notify a cut connection looks like an end: ragged ends are errors.
-            sock = context.wrap_socket(
-                sock, server_hostname=place.origin[1], suppress_ragged_eofs=False
-            )
-        sock.settimeout(_STALL_TIMEOUT)
-    except BaseException:
-        sock.close()
-        raise
-    connection = _Connection(sock, key)
-    _POOL.add(connection)
-    return connection
-
-
 class _Body:
     """The body of one answer. Exact: a body cut short is an error, and one too long is dropped."""
 
@@ -1868,6 +1838,36 @@ class _Exchange:
         ca = self.env.ca if origin[0] == "https" else None
         self.key: tuple[Any, ...] = origin, login, ca
 
+    def _connect(self) -> _Connection:
+        """Open a connection, through a proxy and TLS where needed."""
+        place, proxy = self.place, self.proxy
+        _TURN.leave()
+        context: ssl.SSLContext | None = None
+        if place.origin[0] == "https":
+            with _IMPORTS:  # and one thread loads the certificates for all
+                context = _tls_context(self.env.ca)
+        deadline = time.monotonic() + _CONNECT_TOTAL
+        try:
+            sock = _dial((proxy or place).origin, deadline)
+        except OSError as error:
+            raise _wire_error(error, proxy or place, "proxy " if proxy else "") from None
+        try:
+            if context:
+                if proxy:
+                    _tunnel(sock, place, proxy, deadline)
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                # Without close_notify a cut connection looks like an end: ragged ends are errors.
+                sock = context.wrap_socket(
+                    sock, server_hostname=place.origin[1], suppress_ragged_eofs=False
+                )
+            sock.settimeout(_STALL_TIMEOUT)
+        except BaseException:
+            sock.close()
+            raise
+        connection = _Connection(sock, self.key)
+        _POOL.add(connection)
+        return connection
+
     def _send(self, connection: _Connection) -> None:
         place, proxy = self.place, self.proxy
         target, login = place.target, place.login("Authorization")
@@ -1908,7 +1908,7 @@ class _Exchange:
         connection = _POOL.take(self.key)
         try:
             if connect and not connection:
-                connection = _connect(self.place, self.proxy, self.key, self.env)
+                connection = self._connect()
             if connection:
                 self._send(connection)
         except OSError:
@@ -1937,7 +1937,7 @@ class _Exchange:
                     raise
         if self.switch:
             self.switch.check()
-        new = _connect(self.place, self.proxy, self.key, self.env)
+        new = self._connect()
         self._send(new)
         return self._receive(new)
 
