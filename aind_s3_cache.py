@@ -5327,6 +5327,17 @@ def _unsafe(part: str) -> bool:
     return False
 
 
+def _folders(names: list[str]) -> list[str]:
+    """Return the directories that relative paths lie in, each once."""
+    found: dict[str, None] = {}
+    for name in names:
+        folder = name.rpartition("/")[0]
+        while folder and folder not in found:
+            found[folder] = None
+            folder = folder.rpartition("/")[0]
+    return list(found)
+
+
 def _tree_names(keys: list[_Key], prefix: str, folds: bool) -> list[str]:
     """Return each key's path relative to the prefix, or refuse the key that has none, by name."""
     names = [key.key[len(prefix) :] for key in keys]
@@ -5338,18 +5349,12 @@ def _tree_names(keys: list[_Key], prefix: str, folds: bool) -> list[str]:
         twin = files.setdefault(fold(name), name)
         if twin != name:
             raise CacheError(f"Differ only in case: {twin!r}, {name!r}", errno=errno.EEXIST)
-    seen: set[str] = set()
     folded: dict[str, str] = {}
-    for name in names:
-        at = name.rfind("/")
-        while at > 0 and name[:at] not in seen:
-            folder = name[:at]
-            seen.add(folder)
-            if fold(folder) in files:
-                raise CacheError(f"Both file and directory: {folder!r}", errno=errno.ENOTDIR)
-            if folded.setdefault(fold(folder), folder) != folder:
-                raise CacheError(f"Directories differ only in case: {folder!r}", errno=errno.EEXIST)
-            at = name.rfind("/", 0, at)
+    for folder in _folders(names):
+        if fold(folder) in files:
+            raise CacheError(f"Both file and directory: {folder!r}", errno=errno.ENOTDIR)
+        if folded.setdefault(fold(folder), folder) != folder:
+            raise CacheError(f"Directories differ only in case: {folder!r}", errno=errno.EEXIST)
     return names
 
 
@@ -5626,13 +5631,8 @@ class _Tree:
         """Link every file into the directory, fetching what we do not hold."""
         self.changed = False
         with _Disk(aside):
-            folders: set[str] = set()
-            for name in names:
-                folder = name.rpartition("/")[0]
-                while folder and folder not in folders:
-                    folders.add(folder)
-                    folder = folder.rpartition("/")[0]
-            for folder in sorted(folders):  # not makedirs: it would make the tree itself anew
+            for folder in sorted(_folders(names)):
+                # Not makedirs: it would make the tree itself anew.
                 os.mkdir(f"{aside}/{folder}")
 
         def bring(item: tuple[str, _Key], opt: _Options, look: _Look | None) -> None:
