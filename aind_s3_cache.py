@@ -2651,8 +2651,8 @@ class _Changed(Exception):
     """The object is another than the one whose bytes we already hold."""
 
 
-class _RangeIgnored(Exception):
-    """The server sends the whole object whatever range is asked for."""
+class _AskPlainly(Exception):
+    """Ask again without range and conditions: the server ignores or mistakes them."""
 
 
 class _Sink:
@@ -4917,7 +4917,7 @@ class _Download:
             answer = _resume(self.source, sink, stop, self.etag, self.total, patience)
             if answer.status == 200:
                 answer.body.close()
-                raise _RangeIgnored
+                raise _AskPlainly
             answered = time.monotonic()
         _pull(self.source, answer, sink, stop, patience)
         if answered > asked:
@@ -5109,7 +5109,7 @@ class _Fetch:
                 if self.changes > _CHANGES:
                     text = f"The object changed {self.changes} times while it was downloaded"
                     raise IntegrityError(text, uri=self.source.uri) from None
-            except _RangeIgnored:
+            except _AskPlainly:
                 self.plain = True
             except IntegrityError:
                 if self.doubted:
@@ -5135,7 +5135,7 @@ class _Fetch:
             if verdict != "again":
                 return self._bring(verdict, answer)
             if not self.plain:
-                raise _RangeIgnored
+                raise _AskPlainly
             raise TransferError("The server refuses to send the object", status=answer.status)
         finally:
             answer.body.close()
