@@ -21,7 +21,7 @@ Map, leaf first: a section may use only what stands above it
  5 Transport     kept connections, proxies, TLS, redirects, deadlines
  6 Sources       HTTP, unsigned S3, signed S3 behind one ``read``
  7 Store         the cache directory
- 8 JSON          loaders on top of 6
+ 8 JSON          loaders on top of 6, and offline of 7
  9 Cache         joins 6 and 7: one, many, a tree; CacheManager
 10 Command line  a thin skin over the public API
 
@@ -1074,7 +1074,7 @@ class _Answer:
     """What a source gives back: status, ETag, sizes, headers, and a body to read.
 
     ``start`` and ``stop`` say which bytes of the object the body holds, ``total`` how many the
-    object has; both are None while nobody knows.
+    object has; the latter two are None while nobody knows.
     """
 
     __slots__ = ("body", "etag", "headers", "start", "status", "stop", "total")
@@ -2878,8 +2878,9 @@ def _check_bytes(source: _Source, answer: _Answer, data: bytearray) -> None:
 
 
 # ==== 7 Store =====================================================================================
-# The only section that writes to disk. Content first, then the name that makes it visible; one
-# writer per file; what is in a name needs no second file, and a lock only ever saves a download.
+# The only section that writes objects; trees are links to them. Content first, then the name that
+# makes it visible; one writer per file; what is in a name needs no second file, and a lock only
+# ever saves a download.
 #
 #   <cache_dir>/aind-s3-cache/
 #       CACHEDIR.TAG
@@ -4096,7 +4097,8 @@ def _ident(place_id: tuple[str, ...]) -> str:
 
 
 # ==== 8 JSON ======================================================================================
-# Loaders on top of the sources: they read, they do not cache. A document is a mapping, or an error.
+# Loaders on top of the sources: they do not cache, and read what is cached only offline. A document
+# is a mapping, or an error.
 
 
 def _too_large(source: _Source) -> InvalidJSONError:
@@ -5669,7 +5671,7 @@ class _Tree:
         return None  # to be looked for again, when nobody else fetches it
 
     def file(self, key: _Key, opt: _Options, look: _Look | None) -> str:
-        """Return the entry of one file of the listing, downloaded if we do not hold it."""
+        """Return the path of one file of the listing, downloaded if we do not hold it."""
         source = self.source.child(key.key)
         look = look or _Look(source, opt)
         entered = False
