@@ -2963,6 +2963,10 @@ def _aside(directory: str) -> str:
     return f"{directory}{os.sep}.t{_random()}"
 
 
+def _is_aside(path: str) -> bool:
+    return os.path.basename(path)[:2] == ".t"
+
+
 def _tail(name: str, room: int) -> str:
     """Return what a file system can surely hold of an object's own name, its end kept."""
     # Cut from the left: what tools look at is the ending, .nii.gz or .ome.zarr.
@@ -3800,9 +3804,8 @@ def _plan_prune(
 
 def _is_ours(name: str) -> bool:
     """Tell whether a name in a shard is one that we give."""
-    if name[:2] == ".t":
-        return True
-    return _parse_entry(name[2:] if name[:2] in (".u", ".v") else name) is not None
+    entry = name[2:] if name[:2] in (".u", ".v") else name
+    return _is_aside(name) or _parse_entry(entry) is not None
 
 
 def _is_tree(path: str) -> bool:
@@ -3810,7 +3813,7 @@ def _is_tree(path: str) -> bool:
     name = os.path.basename(path)
     hexes = name[:20] + name[22:38]
     ours = name[20:22] in ("_o", "_p") and name[38:39] == "_" and _HEX.issuperset(hexes)
-    return (ours or name[:2] == ".t") and not os.path.islink(path)
+    return (ours or _is_aside(name)) and not os.path.islink(path)
 
 
 def _list(path: str) -> list[str]:
@@ -3879,8 +3882,7 @@ class _Keeper(_Store):
             return []
         with _Disk(self.root):
             objects = [unit for shard in _list(self.objects) for unit in self._shard(shard)]
-            named = [p for p in _list(self.trees) if os.path.basename(p)[:1] != "."]
-            trees = [self._tree(path) for path in named if _is_tree(path)]
+            trees = [self._tree(p) for p in _list(self.trees) if _is_tree(p) and not _is_aside(p)]
             partials = [self._part(path) for path in self.partials("")]
         return objects + trees + partials
 
@@ -3984,12 +3986,11 @@ class _Keeper(_Store):
         for shard in [*_list(self.objects), self.trees, self.root]:
             for path in _list(shard):
                 name = os.path.basename(path)
-                if name[:2] == ".t" and _is_left(path, now):
+                entry = os.path.join(shard, name[2:])
+                if _is_aside(name) and _is_left(path, now):
                     if not _unlink(path):
                         _remove_tree(path)
-                elif name[:2] in (".u", ".v") and not os.path.lexists(
-                    os.path.join(shard, name[2:])
-                ):
+                elif name[:2] in (".u", ".v") and not os.path.lexists(entry):
                     _unlink(path)
 
     def verify(self) -> list[CacheEntry]:
@@ -4020,7 +4021,7 @@ class _Keeper(_Store):
             files = [p for p in files if _is_ours(os.path.basename(p))]
             files += [p for p in _list(self.partial) if p.endswith((".data", ".log"))]
             files += [p for p in _list(self.locks) if len(os.path.basename(p)) == 3]
-            files += [p for p in _list(self.root) if os.path.basename(p)[:2] == ".t"]
+            files += filter(_is_aside, _list(self.root))
             stamps = [p for p in _list(self.trees) if os.path.basename(p)[:2] in (".u", ".v")]
             files += [p for p in stamps if _is_tree(os.path.basename(p)[2:])]
             for path in [*files, os.path.join(self.root, "CACHEDIR.TAG")]:
