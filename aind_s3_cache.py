@@ -1099,10 +1099,6 @@ class _Answer:
     def whole(self) -> bool:
         return self.start == 0 and self.total is not None and self.stop == self.total
 
-    @property
-    def modified(self) -> str:
-        return self.headers.get("last-modified", "")
-
 
 def _judge(answer: _Answer, sent: bool, same: bool, asked: int) -> str:
     """Decide what the first answer means, before a byte of its body is read.
@@ -2991,7 +2987,7 @@ def _validator(answer: _Answer) -> str:
         bare = etag[1:-1]
         plain = etag[0] == etag[-1] == '"' and bare and _ETAG_BARE.issuperset(bare)
         return "s" + bare if plain else "x" + etag.encode("latin-1").hex()
-    modified = answer.modified
+    modified = answer.headers.get("last-modified", "")
     return "m" + modified.encode("latin-1").hex() if 0 < len(modified) <= 40 else ""
 
 
@@ -4331,9 +4327,10 @@ def get_json_url(url: str) -> dict[str, Any]:
     ValueError
         Not an http(s) URL. All else is as in `get_json_s3`.
     """
-    if _scheme(_text(url)) not in ("http", "https"):
-        raise ValueError(f"Not an http(s) URL: {_redact_bad(_text(url))!r}")
-    return _load_json(_target(_text(url)), _Access(offline=_is_offline()))
+    text = _text(url)
+    if _scheme(text) not in ("http", "https"):
+        raise ValueError(f"Not an http(s) URL: {_redact_bad(text)!r}")
+    return _load_json(_target(text), _Access(offline=_is_offline()))
 
 
 def get_json(
