@@ -739,7 +739,6 @@ _HINTS = {
     "InvalidAccessKeyId": "Check the credentials and the endpoint",
     "SignatureDoesNotMatch": "Check the secret key",
     "RequestTimeTooSkewed": "Set the clock of this machine",
-    "NoSuchKey": "Keys are taken exactly as written: check case, spaces and slashes",
     "NoSuchBucket": "Check the bucket's name and the endpoint",
     "InvalidObjectState": "The object is archived: restore it first",
     "PermanentRedirect": "Set AWS_REGION to the bucket's region",
