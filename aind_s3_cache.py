@@ -31,7 +31,7 @@ processes and hosts may share a directory, and no lock carries correctness; what
 off is never served. Not offered: writing to S3, listing beyond one tree, mounting, async.
 
 Environment, read at call time: ``AIND_S3_CACHE_DIR``, ``AIND_S3_CACHE_OFFLINE``,
-``XDG_CACHE_HOME``; ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL``,
+``XDG_CACHE_HOME``, ``LOCALAPPDATA``; ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL``,
 ``AWS_IGNORE_CONFIGURED_ENDPOINT_URLS``, ``AWS_REGION``, ``AWS_DEFAULT_REGION``;
 ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``; ``AWS_CA_BUNDLE``,
 ``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE``, ``SSL_CERT_DIR``; boto3's own for signed requests.
