@@ -2116,9 +2116,8 @@ class _Source:
             raise self._error(status, headers, _read_error(body))
         try:
             return _Answer(status, headers, body)
-        except S3CacheError as error:
+        except S3CacheError:
             body.close()
-            error.uri = error.uri or _redact(self.uri)
             raise
 
     def _error(
