@@ -2450,20 +2450,27 @@ class _Signed(_S3):
         return _Signed(self.client, self.bucket, key, None)
 
 
+def _no_local_path(text: str) -> NotFoundError:
+    """Return the error for a path that is not there, or that is no path."""
+    shown = _redact_path(text)
+    lost = text.startswith(("s3:/", "http:/", "https:/"))  # `Path("s3://…")` drops a slash
+    hint = "Pass URIs as str: a Path keeps only one slash of two" if lost else None
+    return NotFoundError(f"Local path not found: {shown!r}", uri=shown, hint=hint)
+
+
 class _File(_Source):
     """A local file, read whole like the others; ``text`` is what a caller called it."""
 
     what, kind = "Local path", "local"
 
     def __init__(self, path: str, text: str) -> None:
-        self.path, self.uri = path, _redact_path(text)
+        self.path, self.text, self.uri = path, text, _redact_path(text)
 
     def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115  the answer owns it
         except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
-            message = f"Local path not found: {self.uri!r}"
-            raise NotFoundError(message, uri=self.uri) from None
+            raise _no_local_path(self.text) from None
         except OSError as error:
             cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
             message = f"Cannot read {self.uri}: {error.strerror}"
@@ -5771,10 +5778,7 @@ def _local(text: str) -> LocalizedResource:
     try:
         size = os.stat(path).st_size
     except (OSError, ValueError):
-        shown = _redact_path(text)
-        lost = text.startswith(("s3:/", "http:/", "https:/"))  # `Path("s3://…")` drops a slash
-        hint = "Pass URIs as str: a Path keeps only one slash of two" if lost else None
-        raise NotFoundError(f"Local path not found: {shown!r}", uri=shown, hint=hint) from None
+        raise _no_local_path(text) from None
     return LocalizedResource(path, False, "local", "local", text, None, size)
 
 

@@ -34,13 +34,14 @@ def untouched(
 
 # ==== URIs, keys, URLs ========================================================================
 
+LOST_SLASH = r"Local path not found: '…'\. Pass URIs as str: a Path keeps only one slash of two$"
 NOT_S3 = "Not a valid S3 URI"
 BAD_URIS: list[tuple[Any, type[Exception], str]] = [
     ("", FileNotFoundError, "Local path not found: ''"),
     ("no/such/file", s3c.NotFoundError, "Local path not found: .*no/such/file"),
     (" https://host/key?sig", s3c.NotFoundError, "Local path not found: .* https:/+host/key'$"),
     ("https:host/key?sig", s3c.NotFoundError, "Local path not found: 'https:host/key'$"),
-    ("s3:/user:se/cret@bucket/key", s3c.NotFoundError, "Local path not found: '…'"),
+    ("s3:/user:se/cret@bucket/key", s3c.NotFoundError, LOST_SLASH),
     ("a@b/c:/d?e", s3c.NotFoundError, r"Local path not found: .*a@b/c:/d\?e'$"),
     ("s3://", ValueError, NOT_S3),
     ("s3://bucket", ValueError, NOT_S3),
