@@ -2999,7 +2999,10 @@ def _validator(answer: _Answer) -> str:
 class _Entry:
     """One published object, as its name and lstat tell."""
 
-    __slots__ = ("crc", "held", "name", "path", "private", "size", "stamp", "tail", "validator")
+    __slots__ = (
+        "crc", "etag", "held", "modified", "name", "path", "private", "size", "stamp", "tail",
+        "validator",
+    )  # fmt: skip
 
     def __init__(self, path: str) -> None:
         self.path, self.name = path, os.path.basename(path)
@@ -3007,18 +3010,15 @@ class _Entry:
         self.private, self.validator = access[0] == "p", access[1:]
         self.size, self.crc = int(size, 16), crc
         self.stamp, self.held = 0.0, -1
-
-    @property
-    def etag(self) -> str | None:
-        kind, text = self.validator[:1], self.validator[1:]
+        self.etag: str | None = None
+        self.modified: str | None = None
+        kind, text = self.validator[0], self.validator[1:]
         if kind == "s":
-            return f'"{text}"'
-        return bytes.fromhex(text).decode("latin-1") if kind == "x" else None
-
-    @property
-    def modified(self) -> str | None:
-        kind, text = self.validator[:1], self.validator[1:]
-        return bytes.fromhex(text).decode("latin-1") if kind == "m" else None
+            self.etag = f'"{text}"'
+        elif kind == "x":
+            self.etag = bytes.fromhex(text).decode("latin-1")
+        elif kind == "m":
+            self.modified = bytes.fromhex(text).decode("latin-1")
 
     def check(self) -> bool:
         """Tell whether this is a whole entry: the one place that decides it."""
@@ -5131,7 +5131,7 @@ class _Fetch:
         answer = self._ask(newest)
         try:
             same = next((entry for entry in held if _is_same(entry, answer)), None)
-            sent = newest is not None and newest.validator[0] != "n"
+            sent = newest is not None and bool(newest.etag or newest.modified)
             verdict = _judge(answer, sent, same is not None, self.opt.asked)
             if verdict == "unchanged":
                 entry = same or newest

@@ -249,12 +249,13 @@ def test_what_a_symlink_points_at_is_never_written(publish: Publish, get: Get, h
 def test_strange_names_in_a_shard_are_left_alone(publish: Publish, get: Get) -> None:
     uri = publish(b"data")
     path = get(uri).path
+    endings = ["o_zz_x_y", *(f"o{tag}_1_00000000_y" for tag in ("", "xzz", "mz"))]
     strange = [
         path.name[:20],
         path.name[:21],
         path.name[:-12],
-        path.name[:21] + "o_zz_x_y",
         "README",
+        *(path.name[:21] + rest for rest in endings),
     ]
     for name in strange:
         path.with_name(name).write_bytes(b"?")
