@@ -499,6 +499,12 @@ def _scheme(text: str) -> str:
     return "file" if text[:6].lower() == "file:/" else ""
 
 
+def _require(name: str, value: object, ability: str, what: str) -> None:
+    """Refuse an argument, by its name, that cannot do what it is for."""
+    if not hasattr(value, ability):
+        raise TypeError(f"{name} must be {what}, not {type(value).__name__}")
+
+
 def _is_windows(path: str) -> bool:
     r"""Tell whether a path has a drive letter or is ``\\server\share``."""
     return path.startswith("\\\\") or (path[1:2] == ":" and path[0].isascii() and path[0].isalpha())
@@ -2589,6 +2595,8 @@ class _Access:
     def __init__(
         self, anonymous: bool | None = None, s3_client: Any = None, offline: bool = False
     ) -> None:
+        if s3_client is not None:
+            _require("s3_client", s3_client, "get_object", "a boto3 S3 client")
         self.anonymous, self.client, self.env = anonymous, s3_client, _Env()
         self.offline = offline  # sources are not read, they only name what may be in the cache
 
@@ -4086,8 +4094,11 @@ def _default_cache_dir() -> str:
 
 def _cache_dir(cache_dir: StrPath | None) -> str:
     """Return the absolute path of the cache directory that a caller means."""
-    text = _text(cache_dir or "")
-    if _scheme(text):
+    try:
+        text = _text(cache_dir or "")
+    except TypeError as error:
+        raise TypeError(f"cache_dir: {error}") from None
+    if _scheme(text) or "\0" in text:
         raise ValueError(f"cache_dir must be a directory, not {_redact(text)!r}")
     return os.path.abspath(os.path.expanduser(text)) if text else _default_cache_dir()
 
@@ -4558,12 +4569,15 @@ class _Options:
         version_id: str | None = None,
         progress: Progress = None,
     ) -> None:
+        _require("max_concurrency", max_concurrency, "__index__", "a whole number")
+        _require("multipart_threshold_bytes", multipart_threshold_bytes, "__float__", "a number")
+        _require("max_age", max_age, "__float__", "a number of seconds")
         if max_concurrency < 1 or multipart_threshold_bytes < 1:
             raise ValueError("max_concurrency and multipart_threshold_bytes must be at least 1")
         if version_id is not None and not isinstance(version_id, str):
             raise TypeError("version_id must be str")
-        if version_id == "":
-            raise ValueError("version_id is empty")
+        if version_id == "" or (version_id and not version_id.isprintable()):
+            raise ValueError(f"version_id cannot be {version_id!r}")
         self.store = _Store(_cache_dir(cache_dir))
         self.offline = _is_offline(offline)
         self.access = _Access(anonymous, s3_client, self.offline)
@@ -4582,7 +4596,7 @@ class _Options:
     @property
     def asked(self) -> int:
         """How many bytes the first range asks for, in whole chunks."""
-        return max(_WHOLE, min(self.threshold, _SMALL) // _CHUNK * _CHUNK)
+        return max(_WHOLE, int(min(self.threshold, _SMALL)) // _CHUNK * _CHUNK)
 
 
 class _Seat:
@@ -6043,8 +6057,12 @@ def get_local_paths_for_resources(
     if unknown:
         raise TypeError(f"get_local_paths_for_resources() has no option {min(unknown)!r}")
     opt = _Options(**options, progress=progress)
-    if max_workers is not None and max_workers < 1:
-        raise ValueError("max_workers must be at least 1")
+    if max_workers is not None:
+        _require("max_workers", max_workers, "__index__", "a whole number")
+        if max_workers < 1:
+            raise ValueError("max_workers must be at least 1")
+    if executor is not None:
+        _require("executor", executor, "map", "a concurrent.futures.Executor")
     if isinstance(uris, (str, bytes, os.PathLike)):
         raise TypeError("expected an iterable of URIs, not one: use get_local_path_for_resource")
     order: list[Any] = []

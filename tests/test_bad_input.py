@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable
 
@@ -136,8 +137,13 @@ def test_a_loader_refuses_what_belongs_to_another() -> None:
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"max_concurrency": 0}, ValueError),
     ({"max_concurrency": "four"}, TypeError),
+    ({"max_concurrency": 4.0}, TypeError),
     ({"multipart_threshold_bytes": -1}, ValueError),
+    ({"multipart_threshold_bytes": "8 MiB"}, TypeError),
     ({"max_age": "1h"}, TypeError),
+    ({"max_age": None}, TypeError),
+    ({"max_age": timedelta(hours=1)}, TypeError),
+    ({"s3_client": "default"}, TypeError),
     ({"version_id": 5}, TypeError),
     ({"version_id": ""}, ValueError),
     ({"version_id": "\ud800"}, ValueError),
@@ -158,9 +164,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception]]] = [
 def test_an_option_that_cannot_be_is_refused_before_anything_is_sent(
     options: dict[str, Any], error: type[Exception]
 ) -> None:
-    with pytest.raises(error):
+    (name,) = options
+    with pytest.raises(error, match=name):
         localize("s3://bucket/key", **options)
-    with pytest.raises(error):
+    with pytest.raises(error, match=name):
         localize_many(["s3://bucket/key"], **options)
 
 
@@ -182,6 +189,10 @@ def test_a_batch_is_an_iterable_of_uris(uris: Any) -> None:
 def test_a_batch_needs_a_worker() -> None:
     with pytest.raises(ValueError, match="max_workers"):
         localize_many(["s3://bucket/key"], max_workers=0)
+    with pytest.raises(TypeError, match="max_workers"):
+        localize_many(["s3://bucket/key"], max_workers=2.5)
+    with pytest.raises(TypeError, match="executor"):
+        localize_many(["s3://bucket/key"], executor=4)
 
 
 def test_an_empty_batch_is_no_error(untouched: Server) -> None:

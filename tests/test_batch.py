@@ -762,6 +762,8 @@ def test_an_executor_is_left_running(publish: Publish, get_all: Get) -> None:
 
 
 class Unsendable:
+    get_object = None
+
     def __reduce__(self) -> Any:
         raise TypeError("holds a socket")
 

@@ -853,10 +853,11 @@ def test_below_the_threshold_there_is_one_connection(
     assert server.connections == 1
 
 
+@pytest.mark.parametrize("threshold", [32 << 10, 33e3], ids=["int", "float"])
 def test_a_small_threshold_makes_small_first_ranges(
-    server: Server, publish: Publish, get: Get
+    server: Server, publish: Publish, get: Get, threshold: float
 ) -> None:
-    get(publish(random(LARGE)), multipart_threshold_bytes=32 << 10)
+    get(publish(random(LARGE)), multipart_threshold_bytes=threshold)
     assert ranges(server)[0] == (0, 32 << 10)
     assert len(server.seen) > 2
 
