@@ -2899,6 +2899,7 @@ def _check_bytes(source: _Source, answer: _Answer, data: bytearray) -> None:
 #       trees/<id>_<access><signature>_<files>_<size>_<name>/   directories of hard links to objects
 #       locks/<xxx>                                        4,096 files, never removed by a download
 
+_FOLDER = "aind-s3-cache"
 _TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# This directory is a cache of aind-s3-cache: backups may leave it out, and so may you.\n"
@@ -3189,7 +3190,9 @@ class _Store:
 
     def __init__(self, cache_dir: str) -> None:
         self.cache_dir = cache_dir
-        self.root = os.path.join(cache_dir, "aind-s3-cache")
+        # Whoever gives our own folder means it, and not another one in it.
+        is_ours = os.path.basename(cache_dir) == _FOLDER
+        self.root = cache_dir if is_ours else os.path.join(cache_dir, _FOLDER)
         below = self.root + os.sep
         self.objects, self.partial = below + "objects", below + "partial"
         self.trees, self.locks = below + "trees", below + "locks"
@@ -4043,7 +4046,9 @@ class _Keeper(_Store):
                         raise
                     _remove_tree(path)  # it was put aside by _rename
             directories = [*_list(self.objects), self.objects, self.partial]
-            directories += [self.trees, self.locks, self.root]
+            directories += [self.trees, self.locks]
+            if self.root != self.cache_dir:  # what somebody named stays
+                directories.append(self.root)
             for path in directories:
                 try:
                     os.rmdir(path)
@@ -4085,7 +4090,7 @@ def _default_cache_dir() -> str:
     home = os.path.expanduser("~")
     cache = os.path.join(home, ".cache")
     if os.path.isabs(home):
-        if os.path.isdir(os.path.join(cache, "aind-s3-cache")):
+        if os.path.isdir(os.path.join(cache, _FOLDER)):
             return cache  # even if it is read-only: hits need no more
         if os.access(cache if os.path.isdir(cache) else home, os.W_OK | os.X_OK):
             return cache
@@ -6138,7 +6143,8 @@ class CacheManager:
     Attributes
     ----------
     dir : pathlib.Path
-        To be given as ``cache_dir`` to the other functions.
+        To be given as ``cache_dir`` to the other functions: what was named, by `cache_dir` or
+        ``AIND_S3_CACHE_DIR``, else our own folder in the default place, with nothing of others.
     """
 
     def __init__(self, cache_dir: StrPath | None = None, *, persistent: bool = True) -> None:
@@ -6146,7 +6152,12 @@ class CacheManager:
         if cache_dir or persistent:
             base = _cache_dir(cache_dir)
             with _Disk(base):
-                os.makedirs(base, exist_ok=True)
+                if cache_dir or os.environ.get("AIND_S3_CACHE_DIR"):
+                    os.makedirs(base, exist_ok=True)
+                else:  # not ~/.cache: scripts written for 0.1 tidy up in `dir`, or remove it
+                    keeper = _Keeper(base)
+                    keeper.make(keeper.root)
+                    base = keeper.root
         self._remove: Callable[[], object] | None = None
         if not persistent:
             import tempfile
@@ -6442,7 +6453,7 @@ def _do_clear(args: Any) -> int:
 
 
 def _do_dir(args: Any) -> int:
-    path = os.path.join(str(CacheManager(args.cache_dir).dir), "aind-s3-cache")
+    path = CacheManager(args.cache_dir)._keeper.root
     print(_json_line({"dir": path}) if args.json else path)
     return 0
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import stat
 import sys
 import tempfile
@@ -807,7 +808,30 @@ def test_the_environment_says_where_the_cache_is(
     for name, value in env.items():
         monkeypatch.setenv(name, value.format(tmp=tmp_path))
     assert default_root(publish) == tmp_path / where
-    assert s3c.CacheManager().dir == tmp_path / where
+    own = "AIND_S3_CACHE_DIR" in env and env["AIND_S3_CACHE_DIR"]
+    assert s3c.CacheManager().dir == tmp_path / where / ("" if own else "aind-s3-cache")
+
+
+def test_what_others_keep_in_the_default_place_is_not_in_the_managers_directory(
+    publish: Publish, home: Path
+) -> None:
+    (home / ".cache" / "pip").mkdir(parents=True)
+    path = s3c.get_local_path_for_resource(publish(b"x")).path
+    manager = s3c.CacheManager()
+    assert manager.dir in path.parents
+    shutil.rmtree(manager.dir)  # as 0.1's users clear their caches
+    assert os.listdir(home / ".cache") == ["pip"]
+
+
+def test_our_own_folder_as_cache_dir_is_the_cache(publish: Publish, get: Getter) -> None:
+    uri = publish(b"x")
+    folder = get.cache / "aind-s3-cache"
+    assert s3c.CacheManager(folder).dir == folder
+    path = get(uri, cache_dir=folder).path
+    assert path == get(uri).path
+    s3c.CacheManager(folder).clear()
+    assert os.listdir(get.cache) == ["aind-s3-cache"]
+    assert os.listdir(folder) == []
 
 
 def test_a_relative_cache_dir_of_the_environment_counts_from_here(
@@ -827,7 +851,7 @@ def test_without_a_usable_home_the_cache_is_a_private_temporary_one(
     root = default_root(publish)
     assert root.parent == tmp_path
     assert stat.S_IMODE(root.stat().st_mode) == 0o700
-    assert s3c.CacheManager().dir == root
+    assert s3c.CacheManager().dir == root / "aind-s3-cache"
 
 
 def test_all_of_ours_is_in_one_tagged_folder(publish: Publish, get: Getter) -> None:

@@ -194,7 +194,7 @@ def test_without_a_home_a_private_folder_in_the_temp_directory(
     assert path.is_relative_to(ours)
     assert stat.S_IMODE(ours.stat().st_mode) == 0o700
     assert s3c.get_local_path_for_resource(uri).status == "revalidated"
-    assert s3c.CacheManager().dir == ours
+    assert s3c.CacheManager().dir == ours / "aind-s3-cache"
 
 
 @pytest.mark.root
