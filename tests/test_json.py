@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -462,6 +463,48 @@ def test_a_client_of_the_callers_is_used(
     assert s3c.get_json_s3_uri(uri, client) == DOCUMENT
     assert s3c.get_json(uri, s3_client=client) == DOCUMENT
     assert {"authorization" in request.headers for request in server.seen} == {True}
+
+
+class Reader:
+    """A body that can be read, and nothing else."""
+
+    def __init__(self, data: bytes) -> None:
+        self.read = io.BytesIO(data).read
+
+
+class Double:
+    """A client as downstream tests make them: no headers, no ETag, no length."""
+
+    def __init__(self, body: Any) -> None:
+        self.body = body
+
+    def get_object(self, Bucket: str, Key: str) -> Any:
+        if isinstance(self.body, Exception):
+            raise self.body
+        return {"Body": self.body}
+
+
+@pytest.mark.parametrize("body", [io.BytesIO, Reader])
+def test_a_double_of_a_client_will_do(body: Callable[[bytes], Any]) -> None:
+    double = Double(body(b'{"subject": 1}'))
+    assert s3c.get_json("s3://bucket/x.json", s3_client=double) == {"subject": 1}
+
+
+@pytest.mark.parametrize("meta", [{}, {"HTTPStatusCode": 400}], ids=str)
+@pytest.mark.parametrize("code", ["NoSuchKey", "NoSuchBucket", "NoSuchVersion", "AccessDenied"])
+def test_the_code_of_a_doubles_error_is_enough(code: str, meta: dict[str, int]) -> None:
+    error: Any = ArithmeticError("as of a server")
+    error.response = {"Error": {"Code": code}, "ResponseMetadata": meta}
+    with pytest.raises(FileNotFoundError):
+        s3c.get_json_s3("bucket", "x.json", s3_client=Double(error))
+
+
+@pytest.mark.parametrize("name", ["get_json_s3", "get_json_s3_uri"])
+def test_get_json_calls_what_tests_of_0_1_replace(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, name, lambda *_, **__: {"replaced": True})
+    assert s3c.get_json("s3://bucket/x.json") == {"replaced": True}
 
 
 @pytest.mark.boto3

@@ -451,6 +451,19 @@ def test_a_stubbed_client_will_do(get: Get) -> None:
 
 
 @NEEDS_BOTO3
+def test_a_stub_is_asked_for_a_document_as_in_0_1() -> None:
+    stub = pytest.importorskip("botocore.stub")
+    body = pytest.importorskip("botocore.response").StreamingBody(io.BytesIO(b"{}"), 2)
+    client = new_client("http://127.0.0.1:9")
+    with stub.Stubber(client) as stubber:
+        stubber.add_response("get_object", {"Body": body}, {"Bucket": BUCKET, "Key": "x"})
+        stubber.add_client_error("get_object", "NoSuchKey")
+        assert s3c.get_json(BUCKET, "x", client) == {}
+        with pytest.raises(FileNotFoundError):
+            s3c.get_json(BUCKET, "x", client)
+
+
+@NEEDS_BOTO3
 def test_credentials_may_come_after_a_refusal(
     server: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
