@@ -3570,6 +3570,11 @@ class _Partial:
         """Note chunks that are wholly written, from this one on."""
         count = len(crcs) // 4
         with self.lock:
+            for n in range(count):
+                # A server that ignores the range of a resume sends again what is hashed already.
+                old = self.crcs[4 * (index + n) : 4 * (index + n + 1)]
+                if self.state[index + n] == 2 and old != crcs[4 * n : 4 * n + 4]:
+                    raise IntegrityError("One version came twice, with other bytes")
             self.crcs[4 * index : 4 * (index + count)] = crcs
             self.state[index : index + count] = b"\2" * count
         lines = [f"{index + n:x} {crcs[4 * n : 4 * n + 4].hex()}\n" for n in range(count)]

@@ -162,6 +162,21 @@ def test_a_resume_that_is_answered_from_the_start_starts_again(
     assert (sum(counts), len(server.seen)) == (size, 1 + (at < size))
 
 
+@pytest.mark.parametrize("told", [{}, {"etag": '"of-parts-2"'}], ids=["md5", "no md5"])
+def test_what_comes_again_with_other_bytes_is_not_kept(
+    told: dict[str, str], server: Server, publish: Publish, fetch: Get, cut: Any
+) -> None:
+    server.ignore_range = True
+    data = random(LARGE)
+    uri = publish(data, **told)
+    cut(LARGE // 2, CLOSE)
+    broken, flipped = server.before, bytes([data[0] ^ 1]) + data[1:]
+    answers: Any = iter([broken, lambda request: server._answer(request)._replace(body=flipped)])
+    server.before = lambda request: next(answers, lambda _: None)(request)
+    assert fetch(uri).path.read_bytes() == data
+    assert len(server.seen) == 3
+
+
 def test_a_server_that_stops_to_honour_ranges_is_read_as_one_stream(
     server: Server, publish: Publish, fetch: Get
 ) -> None:
