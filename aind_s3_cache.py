@@ -919,7 +919,10 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
         name = colon and _field_name(name)
         # A lone CR, LF or NUL in a value would smuggle headers when we send an ETag back.
         if not name or not (clean or _clean(value)):
-            raise TransferError(f"Malformed answer: header {_printable(line[:80])!r}")
+            # Its value may be the URL that we asked for, with a token in the query.
+            shown = line.partition(":")[0].strip()
+            told = f" {shown[:80]!r}" if _WORD.issuperset(shown) else ""
+            raise TransferError(f"Malformed answer: header{told}")
         value = value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return status, headers, version == "HTTP/1.1"
@@ -928,13 +931,19 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
 def _etag(headers: dict[str, str]) -> str | None:
     """Return the ETag header if it is one usable tag (RFC 9110, 8.8.3), else None.
 
-    Unquoted ones are met in the wild and are taken as they are; repeated or overlong ones are not.
+    Unquoted ones are met in the wild and are taken as they are; repeated or overlong ones are not,
+    nor ``*``, which in a condition means any version.
     """
     tag = headers.get("etag", "")
     bare = tag[2:] if tag.startswith("W/") else tag
     bare = bare[1:-1] if len(bare) > 1 and bare[0] == bare[-1] == '"' else bare
-    usable = len(bare) > 0 and '"' not in bare and ", " not in bare and len(tag.encode()) <= 80
-    return tag if usable else None
+    usable = bare and tag != "*" and '"' not in bare and ", " not in bare
+    return tag if usable and len(tag.encode()) <= 80 else None
+
+
+def _is_same_tag(one: str | None, other: str | None) -> bool:
+    """Compare two ETags, of which servers quote the one in a listing or not, or neither."""
+    return one is not None and other is not None and one.strip('"') == other.strip('"')
 
 
 def _is_strong(etag: str | None) -> bool:
