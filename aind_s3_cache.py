@@ -1431,12 +1431,13 @@ class _Connection:
             size = min(len(view), len(self.data))
             view[:size] = self.data[:size]
             self.data = self.data[size:]
-            return size
-        _TURN.leave()
-        size = self.sock.recv_into(view)
-        now = time.monotonic()
-        if self.tls and 0 < size < len(view):
-            size, now = self._gather(view, size, now)
+            now = time.monotonic()
+        else:
+            _TURN.leave()
+            size = self.sock.recv_into(view)
+            now = time.monotonic()
+            if self.tls and 0 < size < len(view):
+                size, now = self._gather(view, size, now)
         self.slow_bytes += size
         if now - self.slow_since > _SLOW_WINDOW:
             if self.slow_bytes < _SLOW_RATE * _SLOW_WINDOW:

@@ -1076,6 +1076,18 @@ def test_a_body_that_crawls_is_left(
     assert timer.took < 6
 
 
+@pytest.mark.usefixtures("no_retries")
+def test_a_body_that_crawls_in_chunks_is_left(
+    server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_SLOW_WINDOW", 0.3)
+    chunks: list[Any] = [step for _ in range(100) for step in (b"1\r\nx\r\n", 0.05)]
+    server.always(raw=[head("Transfer-Encoding: chunked"), *chunks])
+    with Timer() as timer:
+        failing(get, f"{server.url}/a")
+    assert timer.took < 3
+
+
 @pytest.mark.usefixtures("quick", "impatient")
 def test_a_stalled_body_is_resumed_where_it_stopped(
     server: Server, publish: Publish, get: Get, cut: Any
