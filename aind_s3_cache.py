@@ -213,6 +213,7 @@ _SLOW_RATE = 1024  # bytes per second; a modem does better
 _HEAD_LIMIT = 64 << 10  # bytes of an answer head; S3 sends about 600
 _ERROR_LIMIT = 64 << 10  # bytes read of an error body; S3 sends about 300
 _LIST_LIMIT = 8 * _MiB  # bytes of one listing page: 1,000 keys of 1,024 escaped bytes fit
+_EMPTY_PAGES = 1000  # of a listing in a row; S3 looks at 1,000 deleted keys for each
 _JSON_LIMIT = 256 * _MiB  # bytes of a JSON document, as sent and as decoded
 _REDIRECTS = 10  # as browsers, curl and requests allow about
 
@@ -5345,6 +5346,7 @@ def _list_all(source: _S3, prefix: str, switch: _Stop | None) -> list[_Key]:
     found: list[_Key] = []
     token: str | None = None
     seen: set[str] = set()
+    empty = 0  # pages in a row: S3 may send some where much was deleted
     while True:
         if switch:
             switch.check()
@@ -5355,7 +5357,8 @@ def _list_all(source: _S3, prefix: str, switch: _Stop | None) -> list[_Key]:
         found += [key for key in keys if not (key.key.endswith("/") and key.size == 0)]
         if token is None:
             return found
-        if token in seen:
+        empty = 0 if keys else empty + 1
+        if token in seen or empty > _EMPTY_PAGES:
             raise TransferError("The listing repeats itself", uri=source.uri)
         seen.add(token)
 
@@ -5391,8 +5394,9 @@ def _tree_names(keys: list[_Key], prefix: str, folds: bool) -> list[str]:
     fold = str.casefold if folds else str
     files: dict[str, str] = {}
     for key, name in zip(keys, names):
-        if any(map(_unsafe, name.split("/"))):
-            raise CacheError(f"Cannot be a file name: {key.key!r}", errno=errno.EINVAL)
+        # S3 has no longer ones; thousands of levels are more than Python can remove again.
+        if len(key.key.encode()) > 1024 or any(map(_unsafe, name.split("/"))):
+            raise CacheError(f"Cannot be a file name: {key.key[:1024]!r}", errno=errno.EINVAL)
         twin = files.setdefault(fold(name), name)
         if twin != name:
             raise CacheError(f"Differ only in case: {twin!r}, {name!r}", errno=errno.EEXIST)
@@ -5702,7 +5706,7 @@ class _Tree:
     def entry(self, key: _Key, look: _Look) -> _Entry | None:
         """Return the entry that a line of the listing describes."""
         for entry in look.held:
-            if key.etag and entry.etag == key.etag and entry.size == key.size:
+            if _is_same_tag(entry.etag, key.etag) and entry.size == key.size:
                 return entry
         look.held = []  # of another version: no condition
         return None
@@ -5739,7 +5743,8 @@ class _Tree:
             _TURN.exit(entered)
             look.close()
         self.fetched = self.fetched or not found.from_cache
-        if found.size != key.size or (key.etag and found.etag != key.etag):
+        told = key.etag and found.etag
+        if found.size != key.size or (told and not _is_same_tag(found.etag, key.etag)):
             self.changed = True
         return os.fspath(found)
 
