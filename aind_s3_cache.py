@@ -1377,21 +1377,17 @@ class _Connection:
 
     def is_spoilt(self) -> bool:
         """Tell whether a kept connection has brought what nobody asked for, or its end."""
-        if not self.tls:
-            return self.readable()
         sock: Any = self.sock
-        if not sock.pending() and not self.readable():
-            return False
-        import ssl
-
-        sock.settimeout(0)
         try:
-            sock.recv(1)
-        except ssl.SSLWantReadError:  # a session ticket, and nothing else
-            sock.settimeout(_STALL_TIMEOUT)
-            return False
-        except OSError:
-            pass
+            if not (self.tls and sock.pending()) and not self.readable():
+                return False
+            if self.tls:
+                sock.settimeout(0)
+                sock.recv(1)
+        except OSError as error:
+            if type(error).__name__ == "SSLWantReadError":  # a session ticket, and nothing else
+                sock.settimeout(_STALL_TIMEOUT)
+                return False
         return True
 
     def receive(self, deadline: float) -> bytes:
@@ -1488,10 +1484,16 @@ class _Pool:
                     break
         # Servers close idle connections unannounced; an attempt on a dead one costs a round trip.
         # And what came unasked is the end, or an answer to nothing: never the one to what is next.
-        if found and (now - found.idle_since > _IDLE_SECONDS or found.is_spoilt()):
+        if not found:
+            return None
+        try:
+            if now - found.idle_since <= _IDLE_SECONDS and not found.is_spoilt():
+                return found
+        except BaseException:  # Ctrl-C: nobody else knows of it any more
             found.close()
-            return self.take(key)
-        return found
+            raise
+        found.close()
+        return self.take(key)
 
     def give(self, connection: _Connection) -> None:
         connection.idle_since = time.monotonic()
@@ -2475,6 +2477,30 @@ class _Signed(_S3):
         return _Signed(self.client, self.bucket, key, None, self.own)
 
 
+def _close(file: int | FileIO) -> None:
+    """Close what was only read, is given up or synchronized: an error then has nothing to say."""
+    try:
+        os.close(file) if isinstance(file, int) else file.close()
+    except OSError:
+        pass
+
+
+class _FileBody:
+    """The bytes of a local file as a reader that raises errors of ours."""
+
+    def __init__(self, file: FileIO, ours: Callable[[OSError], S3CacheError]) -> None:
+        self._file, self._ours = file, ours
+
+    def readinto(self, view: memoryview) -> int:
+        try:
+            return self._file.readinto(view) or 0
+        except OSError as error:
+            raise self._ours(error) from None
+
+    def close(self) -> None:
+        _close(self._file)
+
+
 def _no_local_path(text: str) -> NotFoundError:
     """Return the error for a path that is not there, or that is no path."""
     shown = _redact_path(text)
@@ -2491,19 +2517,27 @@ class _File(_Source):
     def __init__(self, path: str, text: str) -> None:
         self.path, self.text, self.uri = path, text, _redact_path(text)
 
+    def unreadable(self, error: OSError) -> S3CacheError:
+        cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
+        message = f"Cannot read {self.uri}: {error.strerror}"
+        return cls(message, uri=self.uri, errno=error.errno)
+
     def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115  the answer owns it
         except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
             raise _no_local_path(self.text) from None
         except OSError as error:
-            cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
-            message = f"Cannot read {self.uri}: {error.strerror}"
-            raise cls(message, uri=self.uri, errno=error.errno) from None
-        found = os.fstat(file.fileno())
+            raise self.unreadable(error) from None
+        try:
+            found = os.fstat(file.fileno())
+        except OSError as error:
+            _close(file)
+            raise self.unreadable(error) from None
         # Pipes, devices and files of /proc say 0 and are read to their end.
         known = stat.S_ISREG(found.st_mode) and found.st_size > 0
-        return _Answer(200, {"content-length": str(found.st_size)} if known else {}, file)
+        headers = {"content-length": str(found.st_size)} if known else {}
+        return _Answer(200, headers, _FileBody(file, self.unreadable))
 
 
 _CLIENT_LOCK = threading.Lock()
@@ -2952,8 +2986,8 @@ def _disk_error(error: OSError, path: str, need: int = 0) -> CacheError:
         hint += f", free: {_human(free)}" if free is not None else ""
         hint += ". Prune the cache, or give another cache_dir"
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        uid = f" by uid {os.geteuid()}" if hasattr(os, "geteuid") else ""
-        hint = f"Not writable{uid}: give another cache_dir or set AIND_S3_CACHE_DIR"
+        uid = f" to uid {os.geteuid()}" if hasattr(os, "geteuid") else ""
+        hint = f"Not permitted{uid}: give another cache_dir or set AIND_S3_CACHE_DIR"
     elif number in (errno.ENOTDIR, errno.EEXIST):
         hint = "A file stands where a directory is needed"
     message = f"Cannot use the cache at {_printable(where)}: {os.strerror(number)}"
@@ -3095,6 +3129,23 @@ def _unlink(path: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _stamp(file: str | int) -> None:
+    """Set the times to now, if the file system can."""
+    try:
+        os.utime(file)
+    except OSError:
+        pass
+
+
+def _sync(fd: int) -> None:
+    """Make a file durable; some file systems cannot and say so."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def _rename(source: str, target: str) -> None:
@@ -3248,7 +3299,7 @@ class _Store:
         except OSError:  # full, as the next write will say; empty it would tell nothing, for ever
             _unlink(path)
         finally:
-            os.close(fd)
+            _close(fd)
 
     def make(self, directory: str) -> None:
         """Make a directory of ours and what it needs above it."""
@@ -3297,6 +3348,16 @@ class _Store:
         entries = map(_parse_entry, paths)
         good = [e for e in entries if e and (private or not e.private) and e.check()]
         return sorted(good, key=self.validated, reverse=True) if good[1:] else good
+
+    def missing(self, ident: str, uri: str) -> S3CacheError:
+        """Return the error for an object that nobody can ask for: not there, or not to be seen."""
+        try:
+            os.listdir(self.shard(ident))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            return _disk_error(error, self.shard(ident))
+        return OfflineError("Not in the cache, and offline", uri=uri)
 
     def validated(self, entry: _Entry) -> float:
         """Return when the server last confirmed an entry (seconds since the epoch, UTC)."""
@@ -3442,7 +3503,7 @@ class _Lock:
                     fcntl.flock(self._fd, fcntl.LOCK_UN)  # a forked child may hold a copy
                 except OSError:
                     pass
-                os.close(self._fd)  # never unlinked: a peer may lock the old inode, a third the new
+                _close(self._fd)  # never unlinked: a peer may lock the old inode, a third the new
                 self._fd = -1
 
 
@@ -3490,7 +3551,7 @@ class _Spool:
     def close(self) -> None:
         """Remove what was not published."""
         if self._fd >= 0:
-            os.close(self._fd)
+            _close(self._fd)
         _unlink(self._path)
 
 
@@ -3589,8 +3650,10 @@ class _Partial:
             self.crcs[4 * index : 4 * (index + count)] = crcs
             self.state[index : index + count] = b"\2" * count
         lines = [f"{index + n:x} {crcs[4 * n : 4 * n + 4].hex()}\n" for n in range(count)]
-        with _Disk(self.path + ".log"):
+        try:
             os.write(self.log, "".join(lines).encode())
+        except OSError:  # after a crash more comes again, and nothing else
+            pass
 
     @property
     def whole(self) -> bool:
@@ -3607,7 +3670,8 @@ class _Partial:
         for path in others:
             copied += self._adopt_from(path)
             # On the file system's own clock: hosts may differ by more.
-            idle = os.fstat(self.log).st_mtime - _newest(path + ".log", path + ".data")
+            with _Disk(self.path + ".log"):
+                idle = os.fstat(self.log).st_mtime - _newest(path + ".log", path + ".data")
             if self._alone and idle > _DEAD:
                 _drop_partial(path)
         return copied
@@ -3657,17 +3721,17 @@ class _Partial:
                 raise
         finally:
             for file in files:
-                file.close()
+                _close(file)
         return copied
 
     def publish(self, directory: str, name: str) -> str:
         """Make the whole file durable, then visible; and drop what this version left behind."""
         final = os.path.join(directory, name)
         with _Disk(directory, self.total):
-            os.fsync(self.fd)  # written out of order: without it a power cut leaves zeros
+            _sync(self.fd)  # written out of order: without it a power cut leaves zeros
             # The stamp of validation is now, not when the last byte was written.
             if os.utime in os.supports_fd:
-                os.utime(self.fd)
+                _stamp(self.fd)
             self.store.make(directory)
             self.close()
             _publish(self.path + ".data", final)
@@ -3691,8 +3755,8 @@ class _Partial:
         with self.lock:
             self._users -= 1
             if self._users == 0:
-                os.close(self.fd)
-                os.close(self.log)
+                _close(self.fd)
+                _close(self.log)
 
     def discard(self) -> None:
         _drop_partial(self.path)
@@ -3862,7 +3926,16 @@ def _list(path: str) -> list[str]:
         return []
 
 
-def _remove_tree(path: str) -> None:
+def _list_or_skip(path: str) -> list[str]:
+    """Return the paths in a directory, none if it cannot be read."""
+    try:
+        return _list(path)
+    except OSError:
+        return []
+
+
+def _remove_tree(path: str) -> bool:
+    """Remove a directory; False if some of it stays, where nobody looks for it."""
     with _IMPORTS:
         import shutil
 
@@ -3872,7 +3945,11 @@ def _remove_tree(path: str) -> None:
         os.rename(path, aside)
     except OSError:
         aside = path
-    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError:  # before 3.13 of its own calls; whatever stays, the sweep collects
+        pass
+    return not os.path.lexists(aside)
 
 
 def _inodes(paths: Iterable[str]) -> dict[tuple[int, int], int]:
@@ -3900,7 +3977,8 @@ def _is_left(path: str, now: float) -> bool:
 def _is_damaged(entry: _Entry) -> bool:
     """Tell whether an entry's bytes are not what they were; what may not be read is not judged."""
     try:
-        return _checksum_of_file(entry.path) != entry.crc or not entry.check()
+        other = _checksum_of_file(entry.path) != entry.crc
+        return other or os.lstat(entry.path).st_size != entry.size
     except (FileNotFoundError, PermissionError):
         return False
     except OSError as error:
@@ -3967,15 +4045,16 @@ class _Keeper(_Store):
     def now(self) -> float:
         """Return the time on the file system's clock, which the stamps are of."""
         path = _aside(self.root)
+        fd = -1
         try:
             fd = os.open(path, os.O_WRONLY | _NEW, 0o600)
+            return os.fstat(fd).st_mtime
         except OSError:
             return time.time()
-        try:
-            return os.fstat(fd).st_mtime
         finally:
-            os.close(fd)
-            _unlink(path)
+            if fd >= 0:
+                _close(fd)
+                _unlink(path)
 
     def prune(self, max_age: float | None, max_size: int | None, dry_run: bool) -> list[CacheEntry]:
         """Carry out a plan; what was touched since it was made stays."""
@@ -4019,8 +4098,8 @@ class _Keeper(_Store):
 
     def _sweep(self, now: float) -> None:
         """Remove what crashes left behind: old temporary files, stamps without an entry."""
-        for shard in [*_list(self.objects), self.trees, self.root]:
-            for path in _list(shard):
+        for shard in [*_list_or_skip(self.objects), self.trees, self.root]:
+            for path in _list_or_skip(shard):
                 name = os.path.basename(path)
                 entry = os.path.join(shard, name[2:])
                 if _is_aside(name) and _is_left(path, now):
@@ -4042,7 +4121,10 @@ class _Keeper(_Store):
                     if tree.entry.kind == "tree" and not tree.inodes.keys().isdisjoint(unit.inodes):
                         _remove_tree(tree.entry.path)
                         bad.append(tree.entry)
-                os.unlink(path)
+                try:
+                    os.unlink(path)
+                except FileNotFoundError:  # a peer was faster
+                    pass
                 bad.append(unit.entry)
         return list(dict.fromkeys(bad))
 
@@ -4051,8 +4133,7 @@ class _Keeper(_Store):
         if not self.exists():
             return
         with _Disk(self.root):
-            for path in filter(_is_tree, _list(self.trees)):
-                _remove_tree(path)
+            left = [p for p in filter(_is_tree, _list(self.trees)) if not _remove_tree(p)]
             files = [p for shard in _list(self.objects) for p in _list(shard)]
             files = [p for p in files if _is_ours(os.path.basename(p))]
             files += [p for p in _list(self.partial) if p.endswith((".data", ".log"))]
@@ -4078,6 +4159,8 @@ class _Keeper(_Store):
                     os.rmdir(path)
                 except OSError:  # something that is not ours: it stays, and so does its place
                     pass
+            if left:
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), left[0])
 
 
 def _local_path(text: str) -> str:
@@ -4265,9 +4348,13 @@ def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
     """Return a document from the default cache: offline, that is all there is."""
     store = _Store(_default_cache_dir())
     source = next(access.sources(target, None))
-    for entry in store.find(_ident(source.place_id), access.anonymous is not True):
-        return _read_json(_File(entry.path, target.text))
-    raise OfflineError("Not in the cache, and offline", uri=source.uri)
+    ident = _ident(source.place_id)
+    for entry in store.find(ident, access.anonymous is not True):
+        try:
+            return _read_json(_File(entry.path, target.text))
+        except NotFoundError:  # pruned since we looked
+            continue
+    raise store.missing(ident, source.uri)
 
 
 def _load_json(target: _Target, access: _Access) -> dict[str, Any]:
@@ -4842,12 +4929,19 @@ class _Crew:
 
 
 def _read_at(fd: int, start: int, size: int) -> bytes:
-    """Read exactly so many bytes of our own file."""
-    if hasattr(os, "pread"):
-        return os.pread(fd, size, start)
-    with _SEEK_LOCK:
-        os.lseek(fd, start, os.SEEK_SET)
-        return os.read(fd, size)
+    """Read exactly so many bytes of our own file; a read may be short (read(2))."""
+    data = b""
+    while len(data) < size:
+        if hasattr(os, "pread"):
+            more = os.pread(fd, size - len(data), start + len(data))
+        else:
+            with _SEEK_LOCK:
+                os.lseek(fd, start + len(data), os.SEEK_SET)
+                more = os.read(fd, size - len(data))
+        if not more:
+            raise OSError(errno.EIO, "a file of ours is shorter than it was")
+        data += more
+    return data
 
 
 class _Behind:
@@ -5585,7 +5679,13 @@ class _Tree:
             return []
         private = self.source.private or self.opt.access.anonymous is not True
         starts = (f"{self.id}_o", f"{self.id}_p") if private else (f"{self.id}_o",)
-        held = [p for p in _list(self.store.trees) if os.path.basename(p).startswith(starts)]
+        try:
+            paths = _list(self.store.trees)
+        except OSError as error:
+            if self.opt.offline:
+                raise _disk_error(error, self.store.trees) from None
+            return []  # the server knows
+        held = [p for p in paths if os.path.basename(p).startswith(starts)]
         stamped = ((_newest(path, _sidecar(path, "v")), path) for path in held)
         return sorted(stamped, reverse=True)
 
@@ -5601,8 +5701,6 @@ class _Tree:
             if _is_fresh(self.opt, stamp) and _holds_all(path):
                 self.store.used(path, stamp)
                 return self.result(path, "fresh")
-        if self.opt.offline:
-            raise OfflineError("Not in the cache, and offline", uri=self.source.uri)
         return None
 
     def stale(self, error: TransferError) -> LocalizedResource:
@@ -5618,6 +5716,8 @@ class _Tree:
         found = self.held()
         if found:
             return found
+        if self.opt.offline:
+            raise OfflineError("Not in the cache, and offline", uri=self.source.uri)
         try:
             for _ in range(_CHANGES):
                 keys = _list_all(self.source, self.prefix, self.opt.switch)
@@ -5751,10 +5851,12 @@ class _Tree:
     def publish(self, aside: str, path: str, names: list[str], keys: list[_Key]) -> None:
         """Make the directory visible; a damaged one of the same name makes room."""
         with _Disk(path):
-            os.utime(aside)
+            _stamp(aside)
             try:
                 return os.rename(aside, path)
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
                 if _is_whole_tree(path, names, keys):  # a peer was faster
                     return
             old = _aside(self.store.trees)
@@ -5776,7 +5878,7 @@ def _unasked(source: _Source, opt: _Options, entries: list[_Entry]) -> Localized
                 return _held(source, entry, "fresh")
     found = _Tree(source, opt).held() if not entries and _may_be_tree(source) else None
     if opt.offline and not found:
-        raise OfflineError("Not in the cache, and offline", uri=source.uri)
+        raise opt.store.missing(_ident(source.place_id), source.uri)
     return found
 
 
@@ -6153,7 +6255,10 @@ def _remove_own(path: str, pid: int) -> None:
 
     kwargs: Any = {"onexc" if sys.version_info >= (3, 12) else "onerror": insist}
     for _ in range(2):  # a directory that could not be read can the second time
-        shutil.rmtree(path, **kwargs)
+        try:
+            shutil.rmtree(path, **kwargs)
+        except OSError:  # before 3.13 of its own calls
+            pass
 
 
 class CacheManager:
