@@ -34,7 +34,8 @@ Environment, read at call time: ``AIND_S3_CACHE_DIR``, ``AIND_S3_CACHE_OFFLINE``
 ``XDG_CACHE_HOME``, ``LOCALAPPDATA``; ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL``,
 ``AWS_IGNORE_CONFIGURED_ENDPOINT_URLS``, ``AWS_REGION``, ``AWS_DEFAULT_REGION``;
 ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``; ``AWS_CA_BUNDLE``,
-``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE``, ``SSL_CERT_DIR``; boto3's own for signed requests.
+``REQUESTS_CA_BUNDLE``, ``CURL_CA_BUNDLE``, ``SSL_CERT_FILE``, ``SSL_CERT_DIR``; boto3's own for
+signed requests.
 """
 
 from __future__ import annotations
@@ -1556,7 +1557,8 @@ class _Env:
         """What decides whom TLS trusts."""
         if self._ca is None:
             files = _first_env("SSL_CERT_FILE"), _first_env("SSL_CERT_DIR")
-            self._ca = _first_env("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"), *files
+            bundles = "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"
+            self._ca = _first_env(*bundles), *files
         return self._ca
 
     def proxied(self, scheme: str) -> bool:
@@ -1568,17 +1570,32 @@ class _Env:
         return self._proxied[scheme]
 
 
+def _certifi() -> str:
+    """Return certifi's bundle, if it is installed, where Python knows no authority at all.
+
+    So it is with python.org's Python on macOS until somebody runs "Install Certificates".
+    """
+    import ssl
+    from importlib.util import find_spec
+
+    paths = ssl.get_default_verify_paths()
+    known = paths.cafile or (paths.capath and os.listdir(paths.capath)) or os.name == "nt"
+    found = None if known else find_spec("certifi")
+    bundle = os.path.join(os.path.dirname(found.origin or ""), "cacert.pem") if found else ""
+    return bundle if os.path.isfile(bundle) else ""
+
+
 @lru_cache(maxsize=8)
 def _tls_context(settings: tuple[str, str, str]) -> ssl.SSLContext:
     """Make a TLS context once per setting: loading a bundle takes 10 to 30 ms."""
     import ssl
 
-    bundle = settings[0] or settings[1]
+    bundle = settings[0] or settings[1] or ("" if settings[2] else _certifi())
     where: Any = {"capath" if os.path.isdir(bundle) else "cafile": bundle} if bundle else {}
     try:
         context = ssl.create_default_context(**where)  # SSL_CERT_DIR is OpenSSL's own business
     except OSError as error:
-        hint = "Check AWS_CA_BUNDLE, REQUESTS_CA_BUNDLE and SSL_CERT_FILE"
+        hint = "Check AWS_CA_BUNDLE, REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE and SSL_CERT_FILE"
         message = f"Cannot load the CA bundle {bundle}: {error.strerror or 'no certificate in it'}"
         raise TransferError(message, hint=hint) from None
     context.options &= ~0x80  # OP_IGNORE_UNEXPECTED_EOF, which 3.9 sets: a cut would be an end

@@ -681,7 +681,9 @@ def test_a_certificate_that_expired_is_refused_and_not_retried(ca: Any, get: Get
     assert_distrusted(tls_for(ca, "127.0.0.1", not_after=past), get)
 
 
-@pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"])
+@pytest.mark.parametrize(
+    "name", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"]
+)
 def test_each_variable_names_a_ca_bundle(
     name: str,
     tls_context: ssl.SSLContext,
@@ -693,6 +695,28 @@ def test_each_variable_names_a_ca_bundle(
     with Server(tls_context) as server:
         server.say(200, b"x", etag='"e"')
         assert get(f"{server.url}/a").size == 1
+
+
+NOBODY_TRUSTED = """
+import ssl, sys, SUBJECT as s3c
+paths = ssl.DefaultVerifyPaths(None, sys.argv[1], *ssl.get_default_verify_paths()[2:])
+ssl.get_default_verify_paths = lambda: paths
+print(s3c.get_local_path_for_resource(sys.argv[2], cache_dir=sys.argv[3]).size)
+"""
+
+
+def test_certifi_is_asked_where_python_trusts_nobody(
+    tls_context: ssl.SSLContext, ca_file: Path, cache: Path, tmp_path: Path, run_python: Run
+) -> None:
+    """As requests does: a Python without certificates, as python.org's on macOS."""
+    for name in ("certifi", "none"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "certifi" / "__init__.py").touch()
+    (tmp_path / "certifi" / "cacert.pem").write_bytes(ca_file.read_bytes())
+    with Server(tls_context) as server:
+        server.say(200, b"x", etag='"e"')
+        done = run_python(NOBODY_TRUSTED, tmp_path / "none", f"{server.url}/a", cache)
+    assert done.stdout == "1\n"
 
 
 def rehashed(ca_file: Path, tmp_path: Path) -> Path:
