@@ -2176,6 +2176,8 @@ class _Source:
             hint = "The credentials have expired: log in again, or use anonymous=True"
         elif self.signed and code == "AccessDenied":
             hint = "Missing, or these credentials may not read it"
+        elif code == "NoSuchKey" and self.uri != self.uri.rstrip():
+            hint = "The key ends in white space: strip the line that it was read from"
         elif status == 511:
             hint = "The network wants a login first (captive portal)"
         missing = issubclass(cls, FileNotFoundError)
@@ -2521,8 +2523,11 @@ class _FileBody:
 def _no_local_path(text: str) -> NotFoundError:
     """Return the error for a path that is not there, or that is no path."""
     shown = _redact_path(text)
-    lost = text.startswith(("s3:/", "http:/", "https:/"))  # `Path("s3://…")` drops a slash
-    hint = "Pass URIs as str: a Path keeps only one slash of two" if lost else None
+    hint = None
+    if text.startswith(("s3:/", "http:/", "https:/")):  # `Path("s3://…")` drops a slash
+        hint = "Pass URIs as str: a Path keeps only one slash of two"
+    elif text.lstrip().startswith(("s3://", "http://", "https://")):
+        hint = "It begins with white space: strip the line that it was read from"
     return NotFoundError(f"Local path not found: {shown!r}", uri=shown, hint=hint)
 
 
@@ -4321,9 +4326,12 @@ def _parse_json(data: bytes, source: _Source) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         hint = "This looks like an HTML page" if data.lstrip()[:1] == b"<" else None
-        raise InvalidJSONError(
+        invalid = InvalidJSONError(
             f"Not valid JSON ({_printable(reason)})", uri=source.uri, hint=hint
-        ) from None
+        )
+        told = {name: getattr(error, name, None) for name in ("msg", "pos", "lineno", "colno")}
+        vars(invalid).update({name: value for name, value in told.items() if value is not None})
+        raise invalid from None
     if not isinstance(document, dict):
         kind = type(document).__name__
         raise TypeError(f"Expected top-level JSON object, not {kind}: {_redact(source.uri)}")
@@ -4553,6 +4561,7 @@ class LocalizedResource(_Record):
     """
 
     __slots__ = ("_path", "from_cache", "source", "status", "uri", "etag", "size")  # noqa: RUF023
+    __match_args__ = ("path", *__slots__[1:])
     _path: str
     from_cache: bool
     source: str

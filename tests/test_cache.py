@@ -302,6 +302,7 @@ def test_a_result_can_be_made_as_in_0_1() -> None:
     result = s3c.LocalizedResource(path=Path("/x"), from_cache=True, source="s3")
     assert (result.path, result.from_cache, result.source) == (Path("/x"), True, "s3")
     assert result == s3c.LocalizedResource(Path("/x"), True, "s3")
+    assert result.__match_args__[:3] == ("path", "from_cache", "source")
 
 
 # ==== Names ===================================================================================

@@ -570,6 +570,15 @@ def test_a_key_cannot_forge_a_line_of_a_log(
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
+def test_white_space_of_a_line_is_what_the_hint_is_about(
+    server: Server, get: Callable[..., Any]
+) -> None:
+    server.put("bucket", "key", b"{}")
+    for line in ("s3://bucket/key\n", "s3://bucket/key ", " s3://bucket/key"):
+        with pytest.raises(s3c.NotFoundError, match="white space: strip the line"):
+            get(line)
+
+
 def test_an_answer_cannot_forge_one_either(server: Server) -> None:
     server.always(403, b"<Error><Code>a\nb\x1b[31m</Code></Error>".replace(b"\x1b", b"&#133;"))
     with pytest.raises(s3c.AccessDeniedError) as caught:

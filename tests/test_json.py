@@ -292,6 +292,7 @@ def test_invalid_json_is_caught_by_every_name_it_had(publish: Publish) -> None:
         with pytest.raises(name) as caught:
             s3c.get_json(uri)
         assert caught.value.uri == uri
+    assert (caught.value.pos, caught.value.lineno, caught.value.colno) == (6, 1, 7)
 
 
 def test_no_mapping_is_a_type_error_without_secrets(server: Server, publish: Publish) -> None:
