@@ -214,7 +214,7 @@ _SLOW_RATE = 1024  # bytes per second; a modem does better
 _HEAD_LIMIT = 64 << 10  # bytes of an answer head; S3 sends about 600
 _ERROR_LIMIT = 64 << 10  # bytes read of an error body; S3 sends about 300
 _LIST_LIMIT = 8 * _MiB  # bytes of one listing page: 1,000 keys of 1,024 escaped bytes fit
-_EMPTY_PAGES = 1000  # of a listing in a row; S3 looks at 1,000 deleted keys for each
+_EMPTY_PAGES = 10_000  # of a listing in a row; S3 may look at 1,000 deleted keys for each
 _JSON_LIMIT = 256 * _MiB  # bytes of a JSON document, as sent and as decoded
 _REDIRECTS = 10  # as browsers, curl and requests allow about
 
@@ -923,7 +923,7 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
         if not name or not (clean or _clean(value)):
             # Its value may be the URL that we asked for, with a token in the query.
             shown = line.partition(":")[0].strip()
-            told = f" {shown[:80]!r}" if _WORD.issuperset(shown) else ""
+            told = f" {shown[:80]!r}" if colon and _WORD.issuperset(shown) else ""
             raise TransferError(f"Malformed answer: header{told}")
         value = value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -1436,6 +1436,8 @@ class _Connection:
             now = time.monotonic()
             if self.tls and 0 < size < len(view):
                 size, now = self._gather(view, size, now)
+        if not self.slow_bytes:  # what kept us from reading until now is not the server's doing
+            self.slow_since = now
         self.slow_bytes += size
         if now - self.slow_since > _SLOW_WINDOW:
             if self.slow_bytes < _SLOW_RATE * _SLOW_WINDOW:
@@ -3103,6 +3105,8 @@ class _Entry:
             self.etag = bytes.fromhex(text).decode("latin-1")
         elif kind == "m":
             self.modified = bytes.fromhex(text).decode("latin-1")
+        if not _clean(self.etag or self.modified or ""):  # it goes into the head of a request
+            raise ValueError("not the name of an entry")
 
     def check(self) -> bool:
         """Tell whether this is a whole entry: the one place that decides it."""
@@ -3282,8 +3286,9 @@ class _Store:
 
     def __init__(self, cache_dir: str) -> None:
         self.cache_dir = cache_dir
-        # Whoever gives our own folder means it, and not another one in it.
-        is_ours = os.path.basename(cache_dir) == _FOLDER
+        # Whoever gives our own folder means it, and not another one in it; unless anybody writes
+        # there, as in a directory for temporary files.
+        is_ours = os.path.basename(cache_dir) == _FOLDER and not _others_write(cache_dir)
         self.root = cache_dir if is_ours else os.path.join(cache_dir, _FOLDER)
         below = self.root + os.sep
         self.objects, self.partial = below + "objects", below + "partial"
@@ -3948,6 +3953,11 @@ def _list(path: str) -> list[str]:
         return []
 
 
+def _on_error(act: Callable[[Any, str, Any], None]) -> Any:
+    """Return the argument of `shutil.rmtree` that was renamed in 3.12."""
+    return {"onexc" if sys.version_info >= (3, 12) else "onerror": act}
+
+
 def _list_or_skip(path: str) -> list[str]:
     """Return the paths in a directory, none if it cannot be read."""
     try:
@@ -3956,10 +3966,15 @@ def _list_or_skip(path: str) -> list[str]:
         return []
 
 
-def _remove_tree(path: str) -> bool:
-    """Remove a directory; False if some of it stays, where nobody looks for it."""
+def _remove_tree(path: str) -> OSError | None:
+    """Remove a directory; return what kept some of it where it is, or where nobody looks for it."""
     with _IMPORTS:
         import shutil
+
+    errors: list[OSError] = []
+
+    def note(_: object, __: str, told: Any) -> None:
+        errors.append(told[1] if isinstance(told, tuple) else told)
 
     # Aside at once: whoever still fills it finds it gone, instead of less in it than was put there.
     aside = _aside(os.path.dirname(path))
@@ -3968,10 +3983,10 @@ def _remove_tree(path: str) -> bool:
     except OSError:
         aside = path
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-    except OSError:  # before 3.13 of its own calls; whatever stays, the sweep collects
-        pass
-    return not os.path.lexists(aside)
+        shutil.rmtree(aside, **_on_error(note))
+    except OSError as error:  # before 3.13 of its own calls
+        errors.append(error)
+    return errors[0] if errors and os.path.lexists(aside) else None
 
 
 def _inodes(paths: Iterable[str]) -> dict[tuple[int, int], int]:
@@ -4141,7 +4156,9 @@ class _Keeper(_Store):
                 # Trees first: when it is gone nothing tells any more that their bytes are bad.
                 for tree in units:
                     if tree.entry.kind == "tree" and not tree.inodes.keys().isdisjoint(unit.inodes):
-                        _remove_tree(tree.entry.path)
+                        error = _remove_tree(tree.entry.path)
+                        if error and os.path.lexists(tree.entry.path):
+                            raise error
                         bad.append(tree.entry)
                 try:
                     os.unlink(path)
@@ -4155,7 +4172,7 @@ class _Keeper(_Store):
         if not self.exists():
             return
         with _Disk(self.root):
-            left = [p for p in filter(_is_tree, _list(self.trees)) if not _remove_tree(p)]
+            errors = list(map(_remove_tree, filter(_is_tree, _list(self.trees))))
             files = [p for shard in _list(self.objects) for p in _list(shard)]
             files = [p for p in files if _is_ours(os.path.basename(p))]
             files += [p for p in _list(self.partial) if p.endswith((".data", ".log"))]
@@ -4181,8 +4198,8 @@ class _Keeper(_Store):
                     os.rmdir(path)
                 except OSError:  # something that is not ours: it stays, and so does its place
                     pass
-            if left:
-                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), left[0])
+            for error in filter(None, errors):
+                raise error
 
 
 def _local_path(text: str) -> str:
@@ -4714,7 +4731,7 @@ class _Options:
         _require("max_concurrency", max_concurrency, "__index__", "a whole number")
         _require("multipart_threshold_bytes", multipart_threshold_bytes, "__float__", "a number")
         _require("max_age", max_age, "__float__", "a number of seconds")
-        if max_concurrency < 1 or multipart_threshold_bytes < 1:
+        if max_concurrency < 1 or not multipart_threshold_bytes >= 1:  # nan, too
             raise ValueError("max_concurrency and multipart_threshold_bytes must be at least 1")
         if version_id is not None and not isinstance(version_id, str):
             raise TypeError("version_id must be str")
@@ -5479,7 +5496,8 @@ def _list_all(source: _S3, prefix: str, switch: _Stop | None) -> list[_Key]:
             return found
         empty = 0 if keys else empty + 1
         if token in seen or empty > _EMPTY_PAGES:
-            raise TransferError("The listing repeats itself", uri=source.uri)
+            text = "The listing repeats itself" if token in seen else "The listing does not end"
+            raise TransferError(text, uri=source.uri)
         seen.add(token)
 
 
@@ -5880,11 +5898,11 @@ class _Tree:
             _stamp(aside)
             try:
                 return os.rename(aside, path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise
+            except OSError:
                 if _is_whole_tree(path, names, keys):  # a peer was faster
                     return
+                if not os.path.lexists(path):
+                    raise
             old = _aside(self.store.trees)
             os.rename(path, old)
             os.rename(aside, path)
@@ -6279,10 +6297,9 @@ def _remove_own(path: str, pid: int) -> None:
         except OSError:
             pass
 
-    kwargs: Any = {"onexc" if sys.version_info >= (3, 12) else "onerror": insist}
     for _ in range(2):  # a directory that could not be read can the second time
         try:
-            shutil.rmtree(path, **kwargs)
+            shutil.rmtree(path, **_on_error(insist))
         except OSError:  # before 3.13 of its own calls
             pass
 
@@ -6315,7 +6332,8 @@ class CacheManager:
                     os.makedirs(base, exist_ok=True)
                 else:  # not ~/.cache: scripts written for 0.1 tidy up in `dir`, or remove it
                     keeper = _Keeper(base)
-                    keeper.make(keeper.root)
+                    if not os.path.isdir(base) or os.access(base, os.W_OK):
+                        keeper.make(keeper.root)
                     base = keeper.root
         self._remove: Callable[[], object] | None = None
         if not persistent:

@@ -225,6 +225,23 @@ def test_clear_says_what_it_could_not_remove(
     public.chmod(0o777)
     tree = as_nobody(lambda: localize(uri, cache_dir=public / "c")).path
     (tree / "b").chmod(0o555)
-    with pytest.raises(s3c.CacheError, match="not empty"):
+    with pytest.raises(s3c.CacheError, match="Permission denied"):
         as_nobody(s3c.CacheManager(public / "c").clear)
     assert as_nobody(s3c.CacheManager(public / "c").entries) == []
+
+
+@pytest.mark.root
+def test_verify_says_what_it_could_not_remove(
+    public: Path, as_nobody: Any, server: Server, cache: Path
+) -> None:
+    server.put(BUCKET, "tree/b", b"{}")
+    uri = f"s3://{BUCKET}/tree/"
+    localize(uri, cache_dir=cache)
+    public.chmod(0o777)
+    tree = as_nobody(lambda: localize(uri, cache_dir=public / "c")).path
+    (tree / "b").chmod(0o644)
+    (tree / "b").write_bytes(b"[]")
+    tree.parent.chmod(0o555)
+    with pytest.raises(s3c.CacheError, match="Permission denied"):
+        as_nobody(s3c.CacheManager(public / "c").verify)
+    assert {e.kind for e in s3c.CacheManager(public / "c").entries()} == {"object", "tree"}

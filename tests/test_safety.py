@@ -185,6 +185,25 @@ def homeless(shared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return shared
 
 
+@pytest.mark.root
+def test_a_manager_of_a_place_that_cannot_be_written_to_holds_nothing(
+    public: Path, as_nobody: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(public))
+    assert as_nobody(lambda: s3c.CacheManager().entries()) == []
+
+
+def test_a_folder_of_our_name_that_anybody_writes_to_is_a_place_like_others(
+    shared: Path, publish: Publish
+) -> None:
+    folder = shared / "aind-s3-cache"
+    folder.mkdir()
+    folder.chmod(0o777)
+    path = s3c.get_local_path_for_resource(publish(b"data"), cache_dir=folder).path
+    assert path.is_relative_to(folder / "aind-s3-cache")
+    assert stat.S_IMODE((folder / "aind-s3-cache").stat().st_mode) == 0o700
+
+
 def test_without_a_home_a_private_folder_in_the_temp_directory(
     homeless: Path, publish: Publish
 ) -> None:

@@ -249,7 +249,7 @@ def test_what_a_symlink_points_at_is_never_written(publish: Publish, get: Get, h
 def test_strange_names_in_a_shard_are_left_alone(publish: Publish, get: Get) -> None:
     uri = publish(b"data")
     path = get(uri).path
-    endings = ["o_zz_x_y", *(f"o{tag}_1_00000000_y" for tag in ("", "xzz", "mz"))]
+    endings = ["o_zz_x_y", *(f"o{tag}_1_00000000_y" for tag in ("", "xzz", "mz", "x0d0a"))]
     strange = [
         path.name[:20],
         path.name[:21],

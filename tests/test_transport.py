@@ -1100,6 +1100,16 @@ def test_a_body_that_crawls_is_left(
     assert timer.took < 6
 
 
+def test_a_pause_of_ours_is_not_the_servers_crawl() -> None:
+    """Between an answer and its body we may copy gigabytes that a dead process left."""
+    near, far = socket.socketpair()
+    with near, far:
+        connection = s3c._Connection(near, (("http", "host", 80),))
+        connection.data = b"x"
+        connection.slow_since -= 2 * s3c._SLOW_WINDOW
+        assert connection.take(memoryview(bytearray(9))) == 1
+
+
 @pytest.mark.usefixtures("no_retries")
 def test_a_body_that_crawls_in_chunks_is_left(
     server: Server, get: Get, monkeypatch: pytest.MonkeyPatch

@@ -162,7 +162,9 @@ def test_a_head_that_is_none_is_refused(head: bytes) -> None:
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("line", [b"Location : /a?sesame", b" /a?sesame", b"Location: sesame\0"])
+@pytest.mark.parametrize(
+    "line", [b"Location : /a?sesame", b" /a?sesame", b" sesame", b"Location: sesame\0"]
+)
 def test_a_header_that_is_refused_is_not_shown(line: bytes) -> None:
     with pytest.raises(s3c.TransferError) as caught:
         s3c._parse_head(HEAD + line)
