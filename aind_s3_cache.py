@@ -939,7 +939,7 @@ def _etag(headers: dict[str, str]) -> str | None:
     tag = headers.get("etag", "")
     bare = tag[2:] if tag.startswith("W/") else tag
     bare = bare[1:-1] if len(bare) > 1 and bare[0] == bare[-1] == '"' else bare
-    usable = bare and tag != "*" and '"' not in bare and ", " not in bare
+    usable = bare and tag != "*" and '"' not in bare and ", " not in bare and _clean(tag)
     return tag if usable and len(tag.encode()) <= 80 else None
 
 
@@ -3079,7 +3079,8 @@ def _validator(answer: _Answer) -> str:
         plain = etag[0] == etag[-1] == '"' and bare and _ETAG_BARE.issuperset(bare)
         return "s" + bare if plain else "x" + etag.encode("latin-1").hex()
     modified = answer.headers.get("last-modified", "")
-    return "m" + modified.encode("latin-1").hex() if 0 < len(modified) <= 40 else ""
+    usable = 0 < len(modified) <= 40 and _clean(modified)
+    return "m" + modified.encode("latin-1").hex() if usable else ""
 
 
 class _Entry:

@@ -247,7 +247,7 @@ def test_a_usable_etag_is_kept_as_it_is(tag: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "tag", ["", "*", '""', 'W/""', '"a", "b"', '"a', 'a"b', '"a"b"', "x" * 300]
+    "tag", ["", "*", '""', 'W/""', '"a", "b"', '"a', 'a"b', '"a"b"', '"a\x01"', "x" * 300]
 )
 def test_an_etag_that_is_none_is_not_used(tag: str) -> None:
     assert answer(200, etag=tag).etag is None
