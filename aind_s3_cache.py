@@ -6584,6 +6584,11 @@ def _do_json(args: Any) -> int:
 
 
 def _do_ls(args: Any) -> int:
+def _manager(args: Any) -> CacheManager:
+    """Return a manager. The default place is named, too: who only looks makes no folder there."""
+    return CacheManager(args.cache_dir or _default_cache_dir())
+
+
     if args.uri:
         bucket, prefix = parse_s3_uri(args.uri)
         access = _Access(args.anonymous)
@@ -6599,7 +6604,7 @@ def _do_ls(args: Any) -> int:
 
         access.attempt(_Target("s3", args.uri, bucket, prefix), None, show)
         return 0
-    for entry in CacheManager(args.cache_dir).entries():
+    for entry in _manager(args).entries():
         line = f"{_human(entry.size):>10}  {_when(entry.last_used)}  {entry.kind:7}  {entry.path}"
         print(_json_line(_record(entry)) if args.json else line)
     return 0
@@ -6613,25 +6618,24 @@ def _show_gone(entries: list[CacheEntry], args: Any, verb: str) -> None:
 
 
 def _do_prune(args: Any) -> int:
-    manager = CacheManager(args.cache_dir)
-    gone = manager.prune(args.max_age, args.max_size, args.dry_run)
+    gone = _manager(args).prune(args.max_age, args.max_size, args.dry_run)
     _show_gone(gone, args, "would remove" if args.dry_run else "removed")
     return 0
 
 
 def _do_verify(args: Any) -> int:
-    bad = CacheManager(args.cache_dir).verify()
+    bad = _manager(args).verify()
     _show_gone(bad, args, "damaged and removed:")
     return 1 if bad else 0
 
 
 def _do_clear(args: Any) -> int:
-    CacheManager(args.cache_dir).clear()
+    _manager(args).clear()
     return 0
 
 
 def _do_dir(args: Any) -> int:
-    path = CacheManager(args.cache_dir)._keeper.root
+    path = _manager(args)._keeper.root
     print(_json_line({"dir": path}) if args.json else path)
     return 0
 
