@@ -491,6 +491,12 @@ def _text(value: StrPath) -> str:
     return text
 
 
+def _require(name: str, value: object, ability: str, what: str) -> None:
+    """Refuse an argument, by its name, that cannot do what it is for."""
+    if not hasattr(value, ability):
+        raise TypeError(f"{name} must be {what}, not {type(value).__name__}")
+
+
 def _scheme(text: str) -> str:
     """Return the scheme of a URI in lower case, or "": drive letters and paths have none."""
     # One letter is a drive: `c://x` is a path that somebody joined carelessly.
@@ -499,12 +505,6 @@ def _scheme(text: str) -> str:
         return head.lower()
     # `file:/etc/hosts` is a URI (RFC 8089, 2); `C:` and `notes:2024` are not.
     return "file" if text[:6].lower() == "file:/" else ""
-
-
-def _require(name: str, value: object, ability: str, what: str) -> None:
-    """Refuse an argument, by its name, that cannot do what it is for."""
-    if not hasattr(value, ability):
-        raise TypeError(f"{name} must be {what}, not {type(value).__name__}")
 
 
 def _is_windows(path: str) -> bool:
@@ -917,13 +917,13 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
         raise TransferError("Malformed answer: not HTTP/1.x", retry="soon")
     headers: dict[str, str] = {}
     for line in lines[1:]:
-        name, colon, value = line.partition(":")
-        name = colon and _field_name(name)
+        field, colon, value = line.partition(":")
+        name = colon and _field_name(field)
         # A lone CR, LF or NUL in a value would smuggle headers when we send an ETag back.
         if not name or not (clean or _clean(value)):
             # Its value may be the URL that we asked for, with a token in the query.
-            shown = line.partition(":")[0].strip()
-            told = f" {shown[:80]!r}" if colon and _WORD.issuperset(shown) else ""
+            field = field.strip()
+            told = f" {field[:80]!r}" if colon and _WORD.issuperset(field) else ""
             raise TransferError(f"Malformed answer: header{told}")
         value = value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -5496,9 +5496,10 @@ def _list_all(source: _S3, prefix: str, switch: _Stop | None) -> list[_Key]:
         if token is None:
             return found
         empty = 0 if keys else empty + 1
-        if token in seen or empty > _EMPTY_PAGES:
-            text = "The listing repeats itself" if token in seen else "The listing does not end"
-            raise TransferError(text, uri=source.uri)
+        if token in seen:
+            raise TransferError("The listing repeats itself", uri=source.uri)
+        if empty > _EMPTY_PAGES:
+            raise TransferError("The listing does not end", uri=source.uri)
         seen.add(token)
 
 
@@ -6583,12 +6584,12 @@ def _do_json(args: Any) -> int:
     return 0
 
 
-def _do_ls(args: Any) -> int:
 def _manager(args: Any) -> CacheManager:
     """Return a manager. The default place is named, too: who only looks makes no folder there."""
     return CacheManager(args.cache_dir or _default_cache_dir())
 
 
+def _do_ls(args: Any) -> int:
     if args.uri:
         bucket, prefix = parse_s3_uri(args.uri)
         access = _Access(args.anonymous)

@@ -809,8 +809,8 @@ def test_the_environment_says_where_the_cache_is(
     for name, value in env.items():
         monkeypatch.setenv(name, value.format(tmp=tmp_path))
     assert default_root(publish) == tmp_path / where
-    own = "AIND_S3_CACHE_DIR" in env and env["AIND_S3_CACHE_DIR"]
-    assert s3c.CacheManager().dir == tmp_path / where / ("" if own else "aind-s3-cache")
+    folder = "" if env.get("AIND_S3_CACHE_DIR") else "aind-s3-cache"
+    assert s3c.CacheManager().dir == tmp_path / where / folder
 
 
 def test_what_others_keep_in_the_default_place_is_not_in_the_managers_directory(

@@ -214,34 +214,33 @@ def test_pruning_goes_by_another_clock_and_past_what_it_cannot_list(under: Any) 
         assert under(fail, "small", "get()!manager.prune()") == "[]"
 
 
-@pytest.mark.root
-def test_clear_says_what_it_could_not_remove(
-    public: Path, as_nobody: Any, server: Server, cache: Path
-) -> None:
-    """A directory of a tree that its owner made read-only."""
+@pytest.fixture
+def nobodys(server: Server, public: Path, cache: Path, as_nobody: Any) -> tuple[Path, Any]:
+    """A tree of another user, and the manager of the cache that it is in."""
     server.put(BUCKET, "tree/b/c", b"{}")
     uri = f"s3://{BUCKET}/tree/"
     localize(uri, cache_dir=cache)  # nobody may not be able to import what this does
     public.chmod(0o777)
-    tree = as_nobody(lambda: localize(uri, cache_dir=public / "c")).path
-    (tree / "b").chmod(0o555)
-    with pytest.raises(s3c.CacheError, match="Permission denied"):
-        as_nobody(s3c.CacheManager(public / "c").clear)
-    assert as_nobody(s3c.CacheManager(public / "c").entries) == []
+    tree: Path = as_nobody(lambda: localize(uri, cache_dir=public / "c")).path
+    return tree, s3c.CacheManager(public / "c")
 
 
 @pytest.mark.root
-def test_verify_says_what_it_could_not_remove(
-    public: Path, as_nobody: Any, server: Server, cache: Path
-) -> None:
-    server.put(BUCKET, "tree/b", b"{}")
-    uri = f"s3://{BUCKET}/tree/"
-    localize(uri, cache_dir=cache)
-    public.chmod(0o777)
-    tree = as_nobody(lambda: localize(uri, cache_dir=public / "c")).path
-    (tree / "b").chmod(0o644)
-    (tree / "b").write_bytes(b"[]")
+def test_clear_says_what_it_could_not_remove(nobodys: Any, as_nobody: Any) -> None:
+    """A directory of a tree that its owner made read-only."""
+    tree, manager = nobodys
+    (tree / "b").chmod(0o555)
+    with pytest.raises(s3c.CacheError, match="Permission denied"):
+        as_nobody(manager.clear)
+    assert as_nobody(manager.entries) == []
+
+
+@pytest.mark.root
+def test_verify_says_what_it_could_not_remove(nobodys: Any, as_nobody: Any) -> None:
+    tree, manager = nobodys
+    (tree / "b" / "c").chmod(0o644)
+    (tree / "b" / "c").write_bytes(b"[]")
     tree.parent.chmod(0o555)
     with pytest.raises(s3c.CacheError, match="Permission denied"):
-        as_nobody(s3c.CacheManager(public / "c").verify)
-    assert {e.kind for e in s3c.CacheManager(public / "c").entries()} == {"object", "tree"}
+        as_nobody(manager.verify)
+    assert {entry.kind for entry in manager.entries()} == {"object", "tree"}
