@@ -1525,12 +1525,21 @@ _POOL = _Pool()
 atexit.register(_POOL.clear)  # else `python -X dev` complains of every socket that we kept
 
 
+@lru_cache(maxsize=64)
+def _env_key(name: str) -> Any:
+    return os.environ.encodekey(name)
+
+
 def _first_env(*names: str) -> str:
     """Return the first of these variables that is set and not empty."""
+    # For a name that is not set os.environ raises and catches two errors, and hardly any is: so
+    # spent, the names that a hit asks for were a seventh of it.
+    held = getattr(os.environ, "_data", None)
     for name in names:
-        value = os.environ.get(name)
-        if value:
-            return value
+        if held is None or _env_key(name) in held:
+            value = os.environ.get(name)
+            if value:
+                return value
     return ""
 
 
@@ -1544,7 +1553,7 @@ class _Env:
         self._region: str | None = None
         self._proxied: dict[str, bool] = {}
         url = _first_env("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-        ignored = url and os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "")
+        ignored = url and _first_env("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS")
         self.endpoint = "" if ignored.lower() == "true" else url.rstrip("/")
 
     @property
@@ -4230,7 +4239,7 @@ def _fallback_dir() -> str:
 def _default_cache_dir() -> str:
     """Return where caches live by default; everything of ours is in one folder of it."""
     for name in ("AIND_S3_CACHE_DIR", "XDG_CACHE_HOME", *(("LOCALAPPDATA",) * (os.name == "nt"))):
-        path = os.path.expanduser(os.environ.get(name, ""))
+        path = os.path.expanduser(_first_env(name))
         if os.path.isabs(path) or (path and name == "AIND_S3_CACHE_DIR"):
             return os.path.abspath(path)
     # A container's home may be /, missing or read-only; a hit needs no more than to read.
@@ -4383,7 +4392,7 @@ def _read_json(source: _Source) -> dict[str, Any]:
 
 def _is_offline(offline: bool = False) -> bool:
     """Tell whether the caller or AIND_S3_CACHE_OFFLINE forbids the network."""
-    flag = os.environ.get("AIND_S3_CACHE_OFFLINE", "")
+    flag = _first_env("AIND_S3_CACHE_OFFLINE")
     return bool(offline) or flag.lower() in ("1", "true", "yes", "on")
 
 
@@ -6330,7 +6339,7 @@ class CacheManager:
         if cache_dir or persistent:
             base = _cache_dir(cache_dir)
             with _Disk(base):
-                if cache_dir or os.environ.get("AIND_S3_CACHE_DIR"):
+                if cache_dir or _first_env("AIND_S3_CACHE_DIR"):
                     os.makedirs(base, exist_ok=True)
                 else:  # not ~/.cache: scripts written for 0.1 tidy up in `dir`, or remove it
                     keeper = _Keeper(base)

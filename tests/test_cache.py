@@ -498,6 +498,14 @@ def test_offline_can_be_said_by_the_environment(
     assert len(server.seen) == 1
 
 
+def test_an_environment_that_somebody_replaced_by_a_dict_is_read(
+    get: Getter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "AIND_S3_CACHE_OFFLINE": "1"})
+    with pytest.raises(s3c.OfflineError):
+        get(f"s3://{BUCKET}/key")
+
+
 @pytest.mark.parametrize("value", ["", "0", "false"])
 def test_the_environment_can_leave_it_online(
     publish: Publish, get: Getter, monkeypatch: pytest.MonkeyPatch, value: str
