@@ -937,7 +937,7 @@ def _etag(headers: dict[str, str]) -> str | None:
     nor ``*``, which in a condition means any version.
     """
     tag = headers.get("etag", "")
-    bare = tag[2:] if tag.startswith("W/") else tag
+    bare = tag.removeprefix("W/")
     bare = bare[1:-1] if len(bare) > 1 and bare[0] == bare[-1] == '"' else bare
     usable = bare and tag != "*" and '"' not in bare and ", " not in bare and _clean(tag)
     return tag if usable and len(tag.encode()) <= 80 else None
@@ -2692,10 +2692,15 @@ class _Access:
             return True
         return self.anonymous is None and (self.env.endpoint, bucket) in _SIGNED_BUCKETS
 
-    def sources(self, target: _Target, version: str | None) -> Iterator[_Source]:
-        """Yield the sources to try: the next one is for a caller that was refused."""
+    def sources(
+        self, target: _Target, version: str | None, made: _Source | None = None
+    ) -> Iterator[_Source]:
+        """Yield the sources to try: the next one is for a caller that was refused.
+
+        An unsigned one that is ``made`` already serves again.
+        """
         if target.kind == "http":
-            yield _HTTP(target.text, self.env)
+            yield made or _HTTP(target.text, self.env)
             return
         bucket, key, client = target.bucket, target.key, self.client
         if client is None and self.signs(bucket):
@@ -2704,7 +2709,7 @@ class _Access:
         if client is None:
             if bucket.endswith(_DIRECTORY_BUCKET) and not self.offline:
                 raise ValueError("Directory buckets need signed requests: use anonymous=False")
-            yield _Unsigned(bucket, key, version, self.env)
+            yield made or _Unsigned(bucket, key, version, self.env)
             if self.anonymous or self.offline:
                 return
             client = _own_client(False, self.env.endpoint)
@@ -2718,9 +2723,15 @@ class _Access:
             return "It was asked for without a signature: boto3 finds no credentials"
         return "For private data install boto3 and set up credentials"
 
-    def attempt(self, target: _Target, version: str | None, act: Callable[[_Source], T]) -> T:
+    def attempt(
+        self,
+        target: _Target,
+        version: str | None,
+        act: Callable[[_Source], T],
+        made: _Source | None = None,
+    ) -> T:
         """Act on the first source; where it is refused, on the next. Remember who was let in."""
-        sources = self.sources(target, version)
+        sources = self.sources(target, version, made)
         source = next(sources)
         while True:
             try:
@@ -2874,10 +2885,11 @@ def _pull(source: _Source, answer: _Answer, sink: _Sink, stop: int, patience: _P
                 if not size:
                     raise TransferError("Body cut short", uri=source.uri, retry="soon")
                 sink.took(size)
-                patience.heard()
                 if sink.at > best and _is_strong(etag):  # what comes again is no progress
                     best = sink.at
                     patience.progress()
+                else:
+                    patience.heard()
             return
         except TransferError as error:
             error.uri = source.uri
@@ -2901,6 +2913,18 @@ def _pull_to_end(answer: _Answer, sink: _Chunks, patience: _Patience) -> None:
         patience.heard()
 
 
+_CHECKSUMS = {f"x-amz-checksum-{name}": name for name in ("sha512", "sha256", "sha1", "crc32")}
+
+
+def _is_sealed(source: _S3, headers: dict[str, str]) -> bool:
+    """Tell whether an ETag that looks like an MD5 is none."""
+    return (
+        headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
+        or "x-amz-server-side-encryption-customer-algorithm" in headers
+        or source.bucket.endswith(_DIRECTORY_BUCKET)
+    )
+
+
 def _digests(source: _Source, answer: _Answer) -> list[tuple[str, bytes]]:
     """Return (algorithm, digest) that S3 promises of the whole object.
 
@@ -2913,22 +2937,19 @@ def _digests(source: _Source, answer: _Answer) -> list[tuple[str, bytes]]:
         return []
     headers, found = answer.headers, []
     md5 = (answer.etag or "").strip('"')
-    sealed = headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
-    sealed = sealed or "x-amz-server-side-encryption-customer-algorithm" in headers
-    sealed = sealed or source.bucket.endswith(_DIRECTORY_BUCKET)
-    if len(md5) == 32 and _HEX.issuperset(md5) and not sealed:
+    if len(md5) == 32 and _HEX.issuperset(md5) and not _is_sealed(source, headers):
         found.append(("md5", bytes.fromhex(md5)))
     if answer.status == 206 and not answer.whole:
         return found
     if headers.get("x-amz-checksum-type") == "COMPOSITE":
         return found
-    for name in ("sha512", "sha256", "sha1", "crc32"):
-        value = headers.get(f"x-amz-checksum-{name}", "")
+    for field in sorted(_CHECKSUMS.keys() & headers.keys()):
+        value = headers[field]
         if value and "-" not in value:
             with _IMPORTS:
                 from base64 import b64decode
             try:
-                found.append((name, b64decode(value, validate=True)))
+                found.append((_CHECKSUMS[field], b64decode(value, validate=True)))
             except ValueError:
                 continue
     return found
@@ -4652,15 +4673,16 @@ class _Meter:
         pass
 
 
-class _Tally(_Meter):
-    """Counts for another meter what one attempt brings, so that it can be taken back."""
+class _Tally:
+    """Counts for a meter what one attempt brings, so that it can be taken back."""
 
     def __init__(self, meter: _Meter) -> None:
-        super().__init__(self._count)
-        self._meter, self._done, self._expected = meter, 0, 0
+        self._meter, self._lock = meter, threading.Lock()
+        self._done = self._expected = 0
 
-    def _count(self, size: int) -> None:
-        self._done += size
+    def __call__(self, size: int) -> None:
+        with self._lock:
+            self._done += size
         self._meter(size)
 
     def expect(self, size: int) -> None:
@@ -4753,6 +4775,8 @@ class _Options:
         self.max_concurrency, self.threshold = max_concurrency, multipart_threshold_bytes
         self.max_age, self.stale_if_error = max_age, stale_if_error
         self.version = version_id
+        # How many bytes the first range asks for, in whole chunks.
+        self.asked = max(_WHOLE, int(min(multipart_threshold_bytes, _SMALL)) // _CHUNK * _CHUNK)
         self.meter = _meter(progress)
         self.switch: _Stop | None = None
 
@@ -4761,11 +4785,6 @@ class _Options:
         other = object.__new__(_Options)
         other.__dict__.update(self.__dict__, switch=switch)
         return other
-
-    @property
-    def asked(self) -> int:
-        """How many bytes the first range asks for, in whole chunks."""
-        return max(_WHOLE, int(min(self.threshold, _SMALL)) // _CHUNK * _CHUNK)
 
 
 class _Seat:
@@ -5217,11 +5236,11 @@ class _Look:
         "key",
         "landed",
         "newest",
-        "place_id",
+        "source",
     )
 
     def __init__(self, source: _Source, opt: _Options) -> None:
-        self.ident, self.place_id = _ident(source.place_id), (source.private, source.place_id)
+        self.source, self.ident = source, _ident(source.place_id)
         self.key, self.landed = (opt.store.root, self.ident), _LANDED.get(self.ident[:2])
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
@@ -5230,33 +5249,34 @@ class _Look:
         if self.entries and not source.private:
             self.held = [entry for entry in self.entries if not entry.private]
         self.asked = False  # ahead
-        self.begun: _Exchange | None = None  # its answer is still to be read
+        self.begun: tuple[_Ask, _Exchange] | None = None  # its answer is still to be read
         self.newest: _Entry | None = None  # it was asked on the condition that we do not hold this
 
     def is_old(self) -> bool:
         """Tell whether another thread may have fetched the object since we looked."""
         return self.landed != _LANDED.get(self.ident[:2])
 
-    def ask_ahead(self, source: _Source, opt: _Options, connect: bool = True) -> bool:
+    def ask_ahead(self, opt: _Options, connect: bool = True) -> bool:
         """Send the first request now, to read its answer in the call's turn; False if not."""
         if self.key in _FLIGHTS or self.key in _ASKED:
             return False  # what another thread fetches is not asked for twice
         newest = self.held[0] if self.held else None
-        exchange = source.exchange(_first_ask(newest, opt))
+        ask = _first_ask(newest, opt)
+        exchange = self.source.exchange(ask)
         if exchange is None:
             return False
         self.asked = True
         _ASKED.add(self.key)
         try:
             if exchange.send_ahead(connect):
-                self.begun, self.newest = exchange, newest
+                self.begun, self.newest = (ask, exchange), newest
         finally:
             if not self.begun:
                 self.close()
         return self.asked
 
-    def take(self, newest: _Entry | None) -> _Exchange | None:
-        """Return what was begun on this very condition; its answer is read once."""
+    def take(self, newest: _Entry | None) -> tuple[_Ask, _Exchange] | None:
+        """Return what was asked on this very condition; its answer is read once."""
         if newest is not self.newest:
             return None
         begun, self.begun = self.begun, None
@@ -5266,16 +5286,21 @@ class _Look:
         """Leave what was asked for and not read."""
         begun, self.begun = self.begun, None
         if begun:
-            begun.close()
+            begun[1].close()
         if self.asked:
             self.asked = False
             _ASKED.discard(self.key)
 
 
+def _result(
+    source: _Source, path: str, status: str, etag: str | None, size: int
+) -> LocalizedResource:
+    from_cache = status != "downloaded"
+    return LocalizedResource(path, from_cache, source.kind, status, source.uri, etag, size)
+
+
 def _held(source: _Source, entry: _Entry, status: str) -> LocalizedResource:
-    return LocalizedResource(
-        entry.path, status != "downloaded", source.kind, status, source.uri, entry.etag, entry.size
-    )
+    return _result(source, entry.path, status, entry.etag, entry.size)
 
 
 class _Fetch:
@@ -5338,7 +5363,8 @@ class _Fetch:
     def _ask(self, newest: _Entry | None) -> _Answer:
         if self.plain:
             return self.source.read(_Ask(switch=self.opt.switch))
-        return self.source.read(_first_ask(newest, self.opt), self.look.take(newest))
+        ask, begun = self.look.take(newest) or (_first_ask(newest, self.opt), None)
+        return self.source.read(ask, begun)
 
     def _bring(self, verdict: str, answer: _Answer) -> LocalizedResource:
         """Bring an object in the way that fits it."""
@@ -5354,9 +5380,9 @@ class _Fetch:
                 path, shared = self._large(answer)
                 status = "revalidated" if shared else status
         _QUOTA.give()
-        entry = _Entry(path)
-        _log(_INFO, "%s %s: %d bytes", status, self.source.uri, entry.size)
-        return _held(self.source, entry, status)
+        size = _Entry(path).size if answer.total is None else answer.total
+        _log(_INFO, "%s %s: %d bytes", status, self.source.uri, size)
+        return _result(self.source, path, status, answer.etag, size)
 
     def _name(self, validator: str, size: int, crc: str) -> str:
         return self.store.name(
@@ -5868,17 +5894,15 @@ class _Tree:
 
     def look(self, item: tuple[str, _Key], opt: _Options) -> _Look | None:
         """Look for a file of the listing; ask ahead for it if we do not hold it."""
-        source = self.source.child(item[1].key)
-        look = _Look(source, opt)
-        if self.entry(item[1], look) or look.ask_ahead(source, opt):
+        look = _Look(self.source.child(item[1].key), opt)
+        if self.entry(item[1], look) or look.ask_ahead(opt):
             return look
         return None  # to be looked for again, when nobody else fetches it
 
     def file(self, key: _Key, opt: _Options, look: _Look | None) -> str:
         """Return the path of one file of the listing, downloaded if we do not hold it."""
-        source = self.source.child(key.key)
-        look = look or _Look(source, opt)
-        entered = False
+        look = look or _Look(self.source.child(key.key), opt)
+        source, entered = look.source, False
         try:
             entered = _TURN.enter()
             entry = self.entry(key, look)
@@ -5941,7 +5965,7 @@ def _cached(source: _Source, opt: _Options, look: _Look | None) -> LocalizedReso
     """Return one object from the cache, from the server, or from whichever of the two can."""
     store = opt.store
     # 1. What we hold.
-    if look is None or look.place_id != (source.private, source.place_id):
+    if look is None or look.source is not source:
         look = _Look(source, opt)
     ident, entries, held = look.ident, look.entries, look.held
     # 2. Offline, or young enough: no request.
@@ -5994,9 +6018,8 @@ def _look_at(text: str, opt: _Options, connect: bool = True) -> _Look | None:
         ours = not target.key.endswith("/") and not opt.access.signs(target.bucket)
     if not ours or opt.offline or opt.max_age > 0:
         return None
-    source = next(opt.access.sources(target, opt.version))
-    look = _Look(source, opt)
-    return look if look.ask_ahead(source, opt, connect) else None
+    look = _Look(next(opt.access.sources(target, opt.version)), opt)
+    return look if look.ask_ahead(opt, connect) else None
 
 
 def _object(target: _Target, opt: _Options, look: _Look | None) -> LocalizedResource:
@@ -6009,7 +6032,10 @@ def _object(target: _Target, opt: _Options, look: _Look | None) -> LocalizedReso
     entered = False
     try:
         entered = _TURN.enter(None if look else ahead)
-        return opt.access.attempt(target, opt.version, lambda source: _cached(source, opt, look))
+        made = look.source if look else None
+        return opt.access.attempt(
+            target, opt.version, lambda source: _cached(source, opt, look), made
+        )
     finally:
         _TURN.exit(entered)
         if look:
