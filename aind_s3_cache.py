@@ -459,20 +459,23 @@ def _human(size: float) -> str:
     return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
+_DEBUG, _INFO, _WARNING = 10, 20, 30
+_LOGGER: list[Any] = []  # found once: to look for it takes a lock of all loggers, twice a call
+
+
 def _log(level: int, text: str, *args: object) -> None:
     """Log, without importing ``logging`` into a process that does not use it."""
-    # A process that has not imported logging cannot have asked for our lines.
-    logging = sys.modules.get("logging")
-    if logging is None or not hasattr(logging, "NullHandler"):  # what we use stands before it
-        return
-    logger = logging.getLogger(__name__)
-    if not logger.handlers:
-        logger.addHandler(logging.NullHandler())
-    if logger.isEnabledFor(level):
-        logger.log(level, text, *args)
-
-
-_DEBUG, _INFO, _WARNING = 10, 20, 30
+    if not _LOGGER:
+        # A process that has not imported logging cannot have asked for our lines.
+        logging = sys.modules.get("logging")
+        if logging is None or not hasattr(logging, "NullHandler"):  # what we use stands before it
+            return
+        logger = logging.getLogger(__name__)
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())
+        _LOGGER.append(logger)
+    if _LOGGER[0].isEnabledFor(level):
+        _LOGGER[0].log(level, text, *args)
 
 
 # ==== 3 URIs ======================================================================================
