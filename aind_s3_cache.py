@@ -3251,6 +3251,7 @@ def _checksum_of_file(path: str) -> str:
 
 
 _KNOWN_ROOTS: dict[str, tuple[int, int]] = {}  # root -> (device, inode) once found safe
+_PARTIAL_LOOKS: dict[str, tuple[float, bool]] = {}  # root -> when, and what, `recently_partial` saw
 
 
 def _guard(path: str) -> None:
@@ -3322,13 +3323,13 @@ class _Store:
         self.cache_dir = cache_dir
         # Whoever gives our own folder means it, and not another one in it; unless anybody writes
         # there, as in a directory for temporary files.
-        is_ours = os.path.basename(cache_dir) == _FOLDER and not _others_write(cache_dir)
-        self.root = cache_dir if is_ours else os.path.join(cache_dir, _FOLDER)
+        inner = f"{os.sep}{_FOLDER}"
+        is_ours = cache_dir.endswith(inner) and not _others_write(cache_dir)
+        self.root = cache_dir if is_ours else cache_dir.rstrip(os.sep) + inner
         below = self.root + os.sep
         self.objects, self.partial = below + "objects", below + "partial"
         self.trees, self.locks = below + "trees", below + "locks"
         self._found = False  # looked at once for each store, and so for each call
-        self._looked, self._recent = -1.0, False
 
     def exists(self) -> bool:
         """Tell whether the root is there; refuse it where others could have planted it."""
@@ -3496,10 +3497,11 @@ class _Store:
     def recently_partial(self) -> bool:
         """Tell, for a system call a second, whether anybody may be downloading something large."""
         now = time.monotonic()
-        if now - self._looked > 1.0:
-            self._looked = now
-            self._recent = time.time() - _newest(self.partial) < 600
-        return self._recent
+        looked, recent = _PARTIAL_LOOKS.get(self.root, (-1.0, False))
+        if now - looked > 1.0:
+            recent = time.time() - _newest(self.partial) < 600
+            _PARTIAL_LOOKS[self.root] = now, recent
+        return recent
 
 
 class _Lock:
@@ -4633,9 +4635,14 @@ class LocalizedResource(_Record):
     ) -> None:
         if status is None:
             status = "local" if source == "local" else "fresh" if from_cache else "downloaded"
-        values = os.fspath(path), from_cache, source, status, uri, etag, size
-        for slot, value in zip(self.__slots__, values):
-            object.__setattr__(self, slot, value)
+        put = object.__setattr__  # one by one: a loop takes half as long again
+        put(self, "_path", os.fspath(path))
+        put(self, "from_cache", from_cache)
+        put(self, "source", source)
+        put(self, "status", status)
+        put(self, "uri", uri)
+        put(self, "etag", etag)
+        put(self, "size", size)
 
     @property
     def path(self) -> Path:
