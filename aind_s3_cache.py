@@ -460,22 +460,21 @@ def _human(size: float) -> str:
 
 
 _DEBUG, _INFO, _WARNING = 10, 20, 30
-_LOGGER: list[Any] = []  # found once: to look for it takes a lock of all loggers, twice a call
+_LOGGER: list[Any] = []  # looked up once: `getLogger` takes a lock that all loggers share
 
 
 def _log(level: int, text: str, *args: object) -> None:
     """Log, without importing ``logging`` into a process that does not use it."""
     if not _LOGGER:
         # A process that has not imported logging cannot have asked for our lines.
-        logging = sys.modules.get("logging")
-        if logging is None or not hasattr(logging, "NullHandler"):  # what we use stands before it
+        if not hasattr(sys.modules.get("logging"), "NullHandler"):  # what we use stands before it
             return
-        logger = logging.getLogger(__name__)
-        if not logger.handlers:
-            logger.addHandler(logging.NullHandler())
-        _LOGGER.append(logger)
-    if _LOGGER[0].isEnabledFor(level):
-        _LOGGER[0].log(level, text, *args)
+        _LOGGER.append(sys.modules["logging"].getLogger(__name__))
+    logger = _LOGGER[0]
+    if not logger.handlers:  # `dictConfig` and `assertLogs` take ours away
+        logger.addHandler(sys.modules["logging"].NullHandler())
+    if logger.isEnabledFor(level):
+        logger.log(level, text, *args)
 
 
 # ==== 3 URIs ======================================================================================
@@ -1529,15 +1528,18 @@ atexit.register(_POOL.clear)  # else `python -X dev` complains of every socket t
 
 
 @lru_cache(maxsize=64)
+_ENVIRON, _HELD = os.environ, getattr(os.environ, "_data", None)
+
+
 def _env_key(name: str) -> Any:
-    return os.environ.encodekey(name)
+    return _ENVIRON.encodekey(name)
 
 
 def _first_env(*names: str) -> str:
     """Return the first of these variables that is set and not empty."""
-    # For a name that is not set os.environ raises and catches two errors, and hardly any is: so
-    # spent, the names that a hit asks for were a seventh of it.
-    held = getattr(os.environ, "_data", None)
+    # os.environ raises and catches two errors for a name that is not set, and most are not: that
+    # was a seventh of a hit.
+    held = _HELD if os.environ is _ENVIRON else None  # tests put another in its place
     for name in names:
         if held is None or _env_key(name) in held:
             value = os.environ.get(name)
@@ -2700,7 +2702,7 @@ class _Access:
     ) -> Iterator[_Source]:
         """Yield the sources to try: the next one is for a caller that was refused.
 
-        An unsigned one that is ``made`` already serves again.
+        ``made`` is the unsigned source that a look has already made: it serves again.
         """
         if target.kind == "http":
             yield made or _HTTP(target.text, self.env)
@@ -2946,13 +2948,13 @@ def _digests(source: _Source, answer: _Answer) -> list[tuple[str, bytes]]:
         return found
     if headers.get("x-amz-checksum-type") == "COMPOSITE":
         return found
-    for field in sorted(_CHECKSUMS.keys() & headers.keys()):
-        value = headers[field]
+    for field, name in _CHECKSUMS.items():
+        value = headers.get(field)
         if value and "-" not in value:
             with _IMPORTS:
                 from base64 import b64decode
             try:
-                found.append((_CHECKSUMS[field], b64decode(value, validate=True)))
+                found.append((name, b64decode(value, validate=True)))
             except ValueError:
                 continue
     return found
@@ -3406,9 +3408,11 @@ class _Store:
             names = os.listdir(directory)
         except OSError:
             return []
-        paths = [directory + os.sep + name for name in names if name.startswith(ident)]
-        entries = map(_parse_entry, paths)
-        good = [e for e in entries if e and (private or not e.private) and e.check()]
+        good = []
+        for name in names:
+            entry = _parse_entry(directory + os.sep + name) if name.startswith(ident) else None
+            if entry and (private or not entry.private) and entry.check():
+                good.append(entry)
         return sorted(good, key=self.validated, reverse=True) if good[1:] else good
 
     def missing(self, ident: str, uri: str) -> S3CacheError:

@@ -611,3 +611,19 @@ print(logging.getLogger(s3c.__name__).handlers)
     done = run_python(code, env={"AWS_ENDPOINT_URL": server.url})
     assert "NullHandler" in done.stdout
     assert done.stderr == ""
+
+
+def test_the_logger_stays_silent_when_a_configuration_takes_its_handlers(
+    server: Server, run_python: Run
+) -> None:
+    server.put("bucket", "key", b"{}")
+    server.before = lambda request: (500, b"") if len(server.seen) > 1 else None
+    code = """
+import logging.config, SUBJECT as s3c
+s3c._RETRIES, uri = 0, "s3://bucket/key"
+s3c.get_local_path_for_resource(uri, cache_dir="cache")
+logging.config.dictConfig({"version": 1, "loggers": {s3c.__name__: {"level": "INFO"}}})
+print(s3c.get_local_path_for_resource(uri, cache_dir="cache", stale_if_error=True).status)
+"""
+    done = run_python(code, env={"AWS_ENDPOINT_URL": server.url})
+    assert (done.stdout.strip(), done.stderr) == ("stale", "")
