@@ -712,6 +712,7 @@ _TARGET = frozenset(map(chr, range(0x21, 0x7F))) - frozenset('"<>\\^`{|}')
 _HOST = _WORD | frozenset(":[]")
 _ETAG_BARE = frozenset("0123456789abcdefghijklmnopqrstuvwxyz-")
 _HEX = frozenset("0123456789abcdef")
+_CONTROLS = bytes({*range(32), 127} - {9})
 
 # Region prefix -> DNS suffix, from botocore's partitions.json; any other region is amazonaws.com.
 _PARTITIONS = {
@@ -911,7 +912,7 @@ def _field_name(name: str) -> str:
 def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     """Return status, headers by lower-case name, and whether the peer speaks HTTP/1.1."""
     lines = head.decode("latin-1").split("\r\n")
-    clean = "".join(lines).isprintable()
+    clean = len(head.translate(None, _CONTROLS)) == len(head) - 2 * (len(lines) - 1)
     version, _, rest = lines[0].partition(" ")
     status = _digits(rest[:3])
     known = version in ("HTTP/1.1", "HTTP/1.0") and (clean or _clean(rest))
@@ -1527,10 +1528,10 @@ _POOL = _Pool()
 atexit.register(_POOL.clear)  # else `python -X dev` complains of every socket that we kept
 
 
-@lru_cache(maxsize=64)
 _ENVIRON, _HELD = os.environ, getattr(os.environ, "_data", None)
 
 
+@lru_cache(maxsize=64)
 def _env_key(name: str) -> Any:
     return _ENVIRON.encodekey(name)
 
@@ -3127,7 +3128,7 @@ class _Entry:
     )  # fmt: skip
 
     def __init__(self, path: str) -> None:
-        self.path, self.name = path, os.path.basename(path)
+        self.path, self.name = path, path.rpartition(os.sep)[2]
         _, access, size, crc, self.tail = self.name.split("_", 4)
         self.private, self.validator = access[0] == "p", access[1:]
         self.size, self.crc = int(size, 16), crc
@@ -3158,7 +3159,7 @@ class _Entry:
 
 def _parse_entry(path: str) -> _Entry | None:
     """Return the entry at a path, None if its name is none of ours."""
-    name = os.path.basename(path)
+    name = path.rpartition(os.sep)[2]
     if len(name) < 32 or name[20:21] != "_" or name[0] == ".":
         return None
     try:
@@ -3499,7 +3500,10 @@ class _Store:
         return total
 
     def recently_partial(self) -> bool:
-        """Tell, for a system call a second, whether anybody may be downloading something large."""
+        """Tell, for a system call a second, whether anybody may be downloading something large.
+
+        Who begins within that second is met at its lock, where an answer is given up for it.
+        """
         now = time.monotonic()
         looked, recent = _PARTIAL_LOOKS.get(self.root, (-1.0, False))
         if now - looked > 1.0:
@@ -5198,8 +5202,8 @@ class _Download:
 
 def _is_same(entry: _Entry, answer: _Answer) -> bool:
     """Tell whether an entry holds what an answer brings: same ETag, or same date and size."""
-    validator = _validator(answer)
-    if not validator or entry.validator != validator or answer.status not in (200, 206):
+    validator = _validator(answer) if answer.status in (200, 206) else ""
+    if not validator or entry.validator != validator:
         return False
     return answer.total == entry.size or (answer.total is None and validator[0] != "m")
 
