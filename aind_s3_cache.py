@@ -3436,11 +3436,10 @@ class _Store:
             os.utime(path, follow_symlinks=not _UTIME_OF_LINKS)
         except FileNotFoundError:
             return False
-        # Only the owner may set times: in a group's cache a stamp beside the entry stands in.
-        except PermissionError:
-            _touch(_sidecar(path, "v"))
+        # Only the owner may set times, and an overlay only with room for a copy of an image's file:
+        # a stamp beside the entry stands in.
         except OSError:
-            pass
+            _touch(_sidecar(path, "v"))
         return True
 
     def used(self, path: str, stamp: float) -> None:
@@ -4028,6 +4027,22 @@ def _remove_tree(path: str) -> OSError | None:
         aside = path
     try:
         shutil.rmtree(aside, **_on_error(note))
+def _put_aside(path: str) -> str:
+    """Rename what is to go, so that nobody finds it; return where it is now.
+
+    That may be in place: an overlay cannot rename a directory of a container's image, nor without
+    room for a copy a file of it.
+    """
+    aside = _aside(os.path.dirname(path))
+    try:
+        os.rename(path, aside)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.ENOSPC, getattr(errno, "EDQUOT", -1)):
+            raise
+        return path
+    return aside
+
+
     except OSError as error:  # before 3.13 of its own calls
         errors.append(error)
     return errors[0] if errors and os.path.lexists(aside) else None
@@ -4156,14 +4171,13 @@ class _Keeper(_Store):
                 return False
             _drop_partial(path)
             return True
-        aside = _aside(os.path.dirname(path))
         stamps = [_sidecar(path, kind) for kind in "uv"]
         with _Disk(path):
             try:
                 if _newest(path, *stamps) > entry.last_used:
                     return False
                 # Aside first: whoever touches it from here on finds it gone and fetches it again.
-                os.rename(path, aside)
+                aside = _put_aside(path)
                 if _newest(aside, *stamps) > entry.last_used:
                     os.rename(aside, path)
                     return False
@@ -5956,10 +5970,10 @@ class _Tree:
                     return
                 if not os.path.lexists(path):
                     raise
-            old = _aside(self.store.trees)
-            os.rename(path, old)
+            error = _remove_tree(path)
+            if error and os.path.lexists(path):
+                raise error
             os.rename(aside, path)
-        _remove_tree(old)
 
 
 def _may_be_tree(source: _Source) -> bool:
