@@ -3037,7 +3037,8 @@ def _free(path: str) -> int | None:
 
 def _disk_error(error: OSError, path: str, need: int = 0) -> CacheError:
     """Return the error for a failed write: which path, how much is needed, how much is free."""
-    where = error.filename if isinstance(error.filename, str) else path
+    named = isinstance(error.filename, str) and os.path.isabs(error.filename)  # rmtree's are not
+    where = error.filename if named else path
     number = error.errno or errno.EIO
     hint = ""
     if number in (errno.ENOSPC, getattr(errno, "EDQUOT", -1), errno.EFBIG):
@@ -3257,13 +3258,30 @@ _KNOWN_ROOTS: dict[str, tuple[int, int]] = {}  # root -> (device, inode) once fo
 _PARTIAL_LOOKS: dict[str, tuple[float, bool]] = {}  # root -> when, and what, `recently_partial` saw
 
 
+def _looks_made(path: str, found: os.stat_result) -> bool:
+    """Tell whether a directory looks as one that we make beside it does, to the owner and writers.
+
+    Some mounts show one owner and mode for all (exFAT, NTFS, CIFS, WSL): who made them decided.
+    """
+    probe = _aside(os.path.dirname(path))
+    try:
+        os.mkdir(probe, 0o700)
+    except OSError:
+        return False
+    try:
+        made = os.lstat(probe)
+    finally:
+        os.rmdir(probe)
+    return made.st_uid == found.st_uid and not found.st_mode & 0o022 & ~made.st_mode
+
+
 def _guard(path: str) -> None:
     """Refuse a directory that another user may have planted or can write to."""
     if not hasattr(os, "geteuid"):
         return
     found = os.lstat(path)
-    mine = found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode)
-    if not mine or found.st_mode & 0o022:
+    is_mine = found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    if not stat.S_ISDIR(found.st_mode) or not (is_mine or _looks_made(path, found)):
         raise CacheError(
             f"Unsafe cache directory {_printable(path)}: it belongs to, or can be changed by,"
             " another user",
@@ -3779,7 +3797,7 @@ class _Partial:
                 fd = os.open(path + ending, flags | getattr(os, "O_BINARY", 0))
                 files.append(open(fd, "rb", buffering=0))  # noqa: SIM115  closed below
                 found = os.fstat(fd)
-                mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+                mine = found.st_uid == os.fstat(self.fd).st_uid  # as shown: mounts may map users
                 if not mine or not stat.S_ISREG(found.st_mode):
                     return 0
             for index, crc in _parse_log(files[1].read(), self.count).items():
@@ -4009,6 +4027,22 @@ def _list_or_skip(path: str) -> list[str]:
         return []
 
 
+def _put_aside(path: str) -> str:
+    """Rename what is to go, so that nobody finds it; return where it is now.
+
+    That may be in place: an overlay cannot rename a directory of a container's image, nor without
+    room for a copy a file of it.
+    """
+    aside = _aside(os.path.dirname(path))
+    try:
+        os.rename(path, aside)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.ENOSPC, getattr(errno, "EDQUOT", -1)):
+            raise
+        return path
+    return aside
+
+
 def _remove_tree(path: str) -> OSError | None:
     """Remove a directory; return what kept some of it where it is, or where nobody looks for it."""
     with _IMPORTS:
@@ -4027,22 +4061,6 @@ def _remove_tree(path: str) -> OSError | None:
         aside = path
     try:
         shutil.rmtree(aside, **_on_error(note))
-def _put_aside(path: str) -> str:
-    """Rename what is to go, so that nobody finds it; return where it is now.
-
-    That may be in place: an overlay cannot rename a directory of a container's image, nor without
-    room for a copy a file of it.
-    """
-    aside = _aside(os.path.dirname(path))
-    try:
-        os.rename(path, aside)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.ENOSPC, getattr(errno, "EDQUOT", -1)):
-            raise
-        return path
-    return aside
-
-
     except OSError as error:  # before 3.13 of its own calls
         errors.append(error)
     return errors[0] if errors and os.path.lexists(aside) else None
@@ -5751,7 +5769,10 @@ def _link(source: str, target: str) -> None:
         import shutil
 
         shutil.copyfile(source, target)
-        os.chmod(target, stat.S_IMODE(os.stat(source).st_mode))
+        try:
+            os.chmod(target, stat.S_IMODE(os.stat(source).st_mode))
+        except OSError:  # nor modes
+            pass
 
 
 def _is_whole_tree(path: str, names: list[str], keys: list[_Key]) -> bool:

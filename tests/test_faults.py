@@ -103,6 +103,17 @@ ssize_t pread64(int fd, void *data, size_t size, off_t at) {
     if (fd_fails("short", fd) && size > 1) size /= 2;
     return NEXT(ssize_t, pread64, int, void *, size_t, off_t)(fd, data, size, at);
 }
+int link(const char *from, const char *to) {
+    return fails("link", to) ? -1 : NEXT(int, link, const char *, const char *)(from, to);
+}
+int chmod(const char *path, mode_t mode) {
+    return fails("chmod", path) ? -1 : NEXT(int, chmod, const char *, mode_t)(path, mode);
+}
+int mkdir(const char *path, mode_t mode) { /* "modes" is no call: what is made has none */
+    int done = NEXT(int, mkdir, const char *, mode_t)(path, mode);
+    if (!done && fails("modes", path)) chmod(path, 0777);
+    return done;
+}
 int poll(struct pollfd *all, nfds_t count, int wait) {
     if (!wait && fails("poll", "0")) return -1; /* a look, and no wait */
     return NEXT(int, poll, struct pollfd *, nfds_t, int)(all, count, wait);
@@ -156,6 +167,7 @@ NO_HARM = {
     "the log of what is done": ("write .log 5", "large"),
     "the end of a log": ("close .log 5", "large"),
     "the tag": ("close CACHEDIR.TAG 5", "small"),
+    "a file system without links and modes": ("link /trees/ 1;chmod /trees/ 1", "tree/"),
 }
 
 
@@ -163,6 +175,11 @@ NO_HARM = {
 def test_what_only_saves_work_may_fail(what: str, under: Any) -> None:
     fail, key = NO_HARM[what]
     assert under(fail, key, "!get().status") == "downloaded"
+
+
+def test_a_mount_that_shows_one_mode_for_all_is_used(under: Any) -> None:
+    """As exFAT, NTFS, CIFS and WSL do: whoever made the mount let everybody write."""
+    assert under("modes / 0", "small", "os.chmod(cache, 0o777)!get().status") == "downloaded"
 
 
 def test_a_kept_connection_that_cannot_be_looked_at_is_left(under: Any, server: Server) -> None:

@@ -357,6 +357,17 @@ def test_another_users_partial_file_is_not_trusted(
     assert server.bytes_sent == SIZE
 
 
+def test_what_a_mount_shows_as_anothers_is_used_where_it_shows_ours_so(
+    leave: Any, server: Server, publish: Publish, cache: Path, preload: Any, run_python: Any
+) -> None:
+    """As sshfs does, and exFAT: all is one user's, whoever we are."""
+    uri = publish(DATA)
+    leave(uri)
+    another = "#include <unistd.h>\nuid_t geteuid(void) { return 4242; }"
+    run_python(CHILD, uri, cache, env=preload(another))
+    assert server.bytes_sent < SIZE
+
+
 def test_another_version_of_the_same_size_is_not_mixed_in(
     leave: Any, server: Server, publish: Publish, get: Get
 ) -> None:
