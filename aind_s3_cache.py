@@ -3266,12 +3266,10 @@ def _looks_made(path: str, found: os.stat_result) -> bool:
     probe = _aside(os.path.dirname(path))
     try:
         os.mkdir(probe, 0o700)
+        made = os.lstat(probe)
+        os.rmdir(probe)
     except OSError:
         return False
-    try:
-        made = os.lstat(probe)
-    finally:
-        os.rmdir(probe)
     return made.st_uid == found.st_uid and not found.st_mode & 0o022 & ~made.st_mode
 
 
