@@ -4052,9 +4052,8 @@ def _remove_tree(path: str) -> OSError | None:
         errors.append(told[1] if isinstance(told, tuple) else told)
 
     # Aside at once: whoever still fills it finds it gone, instead of less in it than was put there.
-    aside = _aside(os.path.dirname(path))
     try:
-        os.rename(path, aside)
+        aside = _put_aside(path)
     except OSError:
         aside = path
     try:
@@ -4709,8 +4708,6 @@ class _Meter:
         with self._lock:
             try:
                 self.callback(size)
-            except _Theirs:
-                raise
             except Exception as error:
                 raise _Theirs(error) from None
 
