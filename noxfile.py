@@ -19,7 +19,7 @@ from pathlib import Path
 
 import nox
 
-PYTHONS = ["3.9", "3.10", "3.11", "3.12", "3.13", "3.14"]
+PYTHONS = ["3.9", "3.10", "3.11", "3.12", "3.13", "3.14", "3.15"]
 THIS = f"{sys.version_info[0]}.{sys.version_info[1]}"
 HERE = Path(__file__).resolve().parent
 MODULE = HERE / "aind_s3_cache.py"

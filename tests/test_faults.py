@@ -25,6 +25,7 @@ FAILS = r"""
 #include <dlfcn.h>
 #include <errno.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -117,6 +118,11 @@ int mkdir(const char *path, mode_t mode) { /* "modes" is no call: what is made h
 int poll(struct pollfd *all, nfds_t count, int wait) {
     if (!wait && fails("poll", "0")) return -1; /* a look, and no wait */
     return NEXT(int, poll, struct pollfd *, nfds_t, int)(all, count, wait);
+}
+int ppoll(struct pollfd *all, nfds_t count, const struct timespec *wait, const sigset_t *mask) {
+    if (wait && !wait->tv_sec && !wait->tv_nsec && fails("poll", "0")) return -1; /* since 3.15 */
+    return NEXT(int, ppoll, struct pollfd *, nfds_t, const struct timespec *, const sigset_t *)
+        (all, count, wait, mask);
 }
 """
 CHILD = """
