@@ -545,18 +545,23 @@ def test_a_signal_keeps_the_partial_file(
 
 
 def test_a_slow_download_is_noted_before_a_block_is_full(
-    server: Server, publish: Publish, get: Get, cache: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, publish: Publish, get: Get, cache: Path, cut: Any
 ) -> None:
-    monkeypatch.setattr(s3c, "_LOG_EVERY", 0.05)
-    server.rate, received, noted = 4 * MiB, [0], []
+    """The server sends a chunk and a half, then a byte at a time until the chunk is in the log."""
+    uri, sent, noted = publish(DATA[: 9 * MiB]), s3c._CHUNK * 3 // 2, []
 
-    def watch(size: int) -> None:
-        received[0] += size
-        if received[0] < s3c._BLOCK:
+    def drip(sock: Any) -> None:
+        for at in range(sent, sent + 200):
             noted.append(logged(cache))
+            if noted[-1]:
+                break
+            time.sleep(0.05)
+            sock.sendall(DATA[at : at + 1])
+        sock.sendall(DATA[at : 8 * MiB])
 
-    assert get(publish(DATA[: 9 * MiB]), progress=watch).path.read_bytes() == DATA[: 9 * MiB]
-    assert max(noted) > 0
+    cut(sent, drip)
+    assert get(uri, max_concurrency=1).path.read_bytes() == DATA[: 9 * MiB]
+    assert noted[-1] == s3c._CHUNK
 
 
 class Odd(Exception):
