@@ -3527,6 +3527,26 @@ class _Store:
         return recent
 
 
+_ENDS = KeyboardInterrupt, SystemExit  # what signal handlers raise to end a program
+
+
+def _unmask(error: BaseException) -> None:
+    """Raise the Ctrl-C in whose stead CPython raised an error: of a lock that a wait let go of."""
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, _ENDS):
+        raise error.__context__ from None
+
+
+def _start_thread(work: Callable[[], None]) -> threading.Thread | None:
+    """Start a daemon thread; None if there can be none: at interpreter exit, or out of threads."""
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        _unmask(error)  # it waits until the thread has started
+        return None
+    return thread
+
+
 class _Lock:
     """A best-effort lock between processes. A broken, hanging or missing one keeps nobody out."""
 
@@ -3538,13 +3558,10 @@ class _Lock:
     def acquire(self) -> bool:
         """Try once. False only if a peer surely holds it."""
         verdict: list[bool] = []
-        try:
-            # On NFS even LOCK_NB may hang (cargo#2615); whoever hangs there hangs alone.
-            worker = threading.Thread(target=self._try, args=(verdict,), daemon=True)
-            worker.start()
+        # On NFS even LOCK_NB may hang (cargo#2615); whoever hangs there hangs alone.
+        worker = _start_thread(partial(self._try, verdict))
+        if worker:
             worker.join(2.0)
-        except RuntimeError:  # the interpreter is going down
-            return True
         return verdict[0] if verdict else True
 
     @property
@@ -4844,8 +4861,18 @@ class _Seat:
 
 
 _FLIGHTS: dict[tuple[str, str], _Seat] = {}
-_FLIGHTS_LOCK = threading.Lock()
+_FLIGHTS_LOCK = threading.RLock()  # a Ctrl-C amid a wait may come before a Lock is held again
 _LANDED: dict[str, int] = {}  # shard -> another number after each flight
+
+
+def _pass_on(key: tuple[str, str], seat: _Seat) -> None:
+    """Wake one of those that wait for a seat, or forget it; the lock is held."""
+    if seat.owner or _FLIGHTS.get(key) is not seat:  # after a fork: the parent's
+        return
+    if seat.waiting and seat.changed:
+        seat.changed.notify()
+    else:
+        del _FLIGHTS[key]
 
 
 class _Flight:
@@ -4885,17 +4912,9 @@ class _Flight:
                     raise _rebuild(*seat.error.__reduce__()[1])
         except BaseException:
             seat.waiting -= 1
-            self._pass_on(seat)
+            _pass_on(self._key, seat)
             raise
         seat.waiting -= 1
-
-    def _pass_on(self, seat: _Seat) -> None:
-        if seat.owner or _FLIGHTS.get(self._key) is not seat:  # after a fork: the parent's
-            return
-        if seat.waiting and seat.changed:
-            seat.changed.notify()
-        else:
-            del _FLIGHTS[self._key]
 
     def release(self) -> None:
         seat = self._seat
@@ -4905,7 +4924,7 @@ class _Flight:
         _LANDED[self._key[1][:2]] = next(_SERIAL)
         seat.depth, seat.owner = 0, 0  # without the lock: a Ctrl-C there must leave nobody waiting
         with _FLIGHTS_LOCK:
-            self._pass_on(seat)
+            _pass_on(self._key, seat)
 
     def _fail(self, error: TransferError) -> None:
         seat = self._seat
@@ -4927,13 +4946,24 @@ class _Flight:
             self.release()
 
 
+def _let_go() -> None:
+    """Give up what this thread has of turns and flights: a Ctrl-C may have come amid their end."""
+    _TURN.exit(True)
+    me = threading.get_ident()
+    with _FLIGHTS_LOCK:
+        for key, seat in list(_FLIGHTS.items()):
+            if seat.owner == me:
+                seat.depth, seat.owner = 0, 0
+            _pass_on(key, seat)
+
+
 def _after_fork() -> None:
     """Forget, in the child, all sockets, and the locks that threads of the parent held."""
     global _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS, _TURN
     _POOL.after_fork()
     _TURN = _Turn()
     _IMPORTS.restore()
-    _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.Lock(), threading.Lock(), _Imports()
+    _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.RLock(), threading.Lock(), _Imports()
     _FLIGHTS.clear()
     _ASKED.clear()
     _CLIENTS.clear()
@@ -4986,9 +5016,7 @@ class _Crew:
         for _ in range(count):
             with self._changed:
                 self.active += 1
-            try:
-                threading.Thread(target=self._body, daemon=True).start()
-            except RuntimeError:  # at interpreter exit, or out of threads: work here
+            if not _start_thread(self._body):
                 if self.active > 1:
                     with self._changed:
                         self.active -= 1
@@ -5010,7 +5038,7 @@ class _Crew:
                 if self._wanted:
                     self._serve()
                 self._start(grow(self.active))
-        except BaseException:
+        except BaseException as error:
             self._switch.stop()
             with self._changed:
                 self._wanted = False
@@ -5019,6 +5047,7 @@ class _Crew:
                 # may need half a minute. A second is all that an error or Ctrl-C may take.
                 self._changed.wait_for(self._is_idle, self._switch.grace)
             self._errors.clear()  # whoever stays behind must not keep what the traceback holds
+            _unmask(error)
             raise
 
     def _is_idle(self) -> bool:
@@ -5068,13 +5097,13 @@ class _Behind:
         self._file, self._hash, self._stop = file, _hasher(name), False
         self._error: OSError | None = None
         self._thread: threading.Thread | None = None
-        file.hold()
-        try:
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
-        except RuntimeError:  # at interpreter exit, or out of threads: after the download, then
-            self._thread = None
-            file.release()
+
+    def start(self) -> None:
+        """Begin now; without a thread, after the download."""
+        self._file.hold()
+        self._thread = _start_thread(self._run)
+        if not self._thread:
+            self._file.release()
 
     def _run(self) -> None:
         try:
@@ -5311,8 +5340,8 @@ class _Look:
         if exchange is None:
             return False
         self.asked = True
-        _ASKED.add(self.key)
         try:
+            _ASKED.add(self.key)
             if exchange.send_ahead(connect):
                 self.begun, self.newest = (ask, exchange), newest
         finally:
@@ -5516,7 +5545,9 @@ class _Fetch:
             copied = 0 if self.doubted else file.adopt()
             _log(_DEBUG, "downloading %s: %d bytes, %d found", source.uri, total, copied)
             for name, promised in _digests(source, answer):
-                hashes.append((_Behind(file, name), promised, name))
+                behind = _Behind(file, name)
+                hashes.append((behind, promised, name))
+                behind.start()  # known by now: a Ctrl-C amid this ends it below
             entry = _Download(source, answer, file, self.opt, first, self.tally).run(found)
             if entry:
                 if not self.store.confirm(entry.path):
@@ -5529,7 +5560,7 @@ class _Fetch:
             name = self._name(validator, total, _checksum(file.crcs))
             return file.publish(self.store.shard(self.ident), name), False
         except BaseException as error:
-            if not isinstance(error, (TransferError, KeyboardInterrupt)) or 2 not in file.state:
+            if not isinstance(error, (TransferError, *_ENDS)) or 2 not in file.state:
                 file.discard()
             raise
         finally:
@@ -6123,6 +6154,10 @@ def _localize(text: str, opt: _Options, look: _Look | None = None) -> LocalizedR
         raise
     except _Theirs as raised:
         raise raised.error from raised.error.__cause__
+    except (*_ENDS, RuntimeError) as error:
+        _let_go()
+        _unmask(error)
+        raise
 
 
 def get_local_path_for_resource(

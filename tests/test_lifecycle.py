@@ -106,16 +106,20 @@ end = threading.Event()
 def go_on(uri):
     while not end.is_set(): get(uri)
 def kick():
+    begun.wait()  # an interrupt amid `Thread.start` would be another test's
     time.sleep(0.02 * random.random())
     os.kill(os.getpid(), signal.SIGINT)
+begun = threading.Event()
 def once():
     others = [threading.Thread(target=go_on, args=(uri,)) for uri in uris[1:]]
+    for thread in [*others, threading.Thread(target=kick)]: thread.start()
     try:
-        for thread in [*others, threading.Thread(target=kick)]: thread.start()
+        begun.set()
         while True: get(uris[0])
     except KeyboardInterrupt: end.set()
     for thread in others: thread.join()
     end.clear()
+    begun.clear()
 """
 
 INTERRUPTED_OFTEN = f"""
@@ -132,6 +136,46 @@ def test_interrupts_amid_other_threads_leave_them_their_turns_and_hardly_a_socke
 ) -> None:
     uris = [publish(b"x", key=f"k{n}") for n in range(5)]
     assert run_python(INTERRUPTED_OFTEN, cache, *uris).stdout == "False True\n"
+
+
+AMID_CALL = """
+import SUBJECT as s3c, os, signal, sys, threading
+cache, uri, last = *sys.argv[1:], []
+def get(where): return s3c.get_local_path_for_resource(uri, cache_dir=where)
+def interrupt(step, where):
+    def trace(frame, event, _):
+        if event in ("call", "c_return") and frame.f_code.co_filename == s3c.__file__:
+            last.append((frame.f_code.co_name, frame.f_lineno))
+            if len(last) == step: signal.raise_signal(signal.SIGINT)
+    sys.setprofile(trace)
+    try: get(where)
+    except KeyboardInterrupt: pass
+    finally: sys.setprofile(None)
+def child(step):
+    where = f"{cache}/{step}"
+    interrupt(step, where)
+    other = threading.Thread(target=get, args=(where,), daemon=True)
+    other.start()
+    other.join(5)
+    get(where)
+    if other.is_alive() or s3c._FLIGHTS or s3c._TURN._taken or s3c._TURN._here.inside:
+        print("interrupted in", *last[step - 1], flush=True)
+    os._exit(len(last) < step)
+get(cache)  # imports
+for step in range(1, 2000):
+    pid = os.fork()
+    if not pid: child(step)
+    if os.waitpid(pid, 0)[1]: break
+print(step > 100)
+"""
+
+
+@posix
+def test_wherever_an_interrupt_comes_other_threads_get_the_object(
+    publish: Publish, run_python: Run, cache: Path
+) -> None:
+    """At each of our calls, and after each of those into C: that is where Python looks for one."""
+    assert run_python(AMID_CALL, cache, publish(b"x"), timeout=100).stdout == "True\n"
 
 
 INTERRUPTED_FIRST = f"""
@@ -196,6 +240,58 @@ def test_a_handler_of_ones_own_is_called_after_the_imports(
 ) -> None:
     done = run_python(AMID_IMPORT, "handler", "hashlib", publish(b"data"), cache)
     assert done.stdout == "True\ndata\n"
+
+
+AMID_WAIT = """
+import SUBJECT as s3c, signal, sys, threading, time
+place, cache, uri = sys.argv[1:]
+def get(): return s3c.get_local_path_for_resource(uri, cache_dir=cache)
+places = []
+def trace(frame, event, _):
+    if event == "call" and frame.f_code.co_name == "_acquire_restore":
+        places.append(frame.f_back.f_back.f_code.co_name)
+        if len(places) > int(place): signal.raise_signal(signal.SIGINT)
+"""
+
+AMID_START = f"""
+{AMID_WAIT}
+sys.setswitchinterval(10)  # no thread runs before its starter waits for it
+sys.setprofile(trace)
+try: get()
+except KeyboardInterrupt: sys.setprofile(None)
+while threading.active_count() > 1: time.sleep(0.01)
+print(len(places) - int(place), get().status)
+"""
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_interrupt_as_a_thread_starts_is_none_of_its_failures(
+    place: int, publish: Publish, run_python: Run, cache: Path
+) -> None:
+    """CPython's wait for the lock's, the hash's and the download's thread may turn it into one."""
+    uri = publish(blob(12 * MiB))
+    assert run_python(AMID_START, str(place), cache, uri).stdout == "1 downloaded\n"
+
+
+FLIGHT = f"""
+{AMID_WAIT}
+other = threading.Thread(target=get)
+other.start()
+time.sleep(0.3)
+sys.setprofile(trace)
+try: get()
+finally: sys.setprofile(None)
+other.join()
+print(get().status)
+"""
+
+
+def test_a_wait_for_another_threads_download_holds_its_lock_whenever_an_interrupt_comes(
+    server: Server, publish: Publish, run_python: Run, cache: Path
+) -> None:
+    server.rate = 10 * MiB
+    done = run_python(FLIGHT, "0", cache, publish(blob(12 * MiB)))
+    assert done.stdout == "revalidated\n", done.stderr
 
 
 def interrupted_at(step: int, section: Any) -> bool:

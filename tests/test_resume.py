@@ -43,7 +43,8 @@ def blob(size: int, seed: int = 0) -> bytes:
 DATA, OTHER = blob(SIZE), blob(SIZE, 1)
 
 CHILD = """
-import SUBJECT as s3c, sys
+import SUBJECT as s3c, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as scripts for Slurm do
 s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2])
 """
 
