@@ -1786,10 +1786,10 @@ class _Body:
                 raise TransferError(
                     f"Connection to {self.place.netloc} lost: body cut short", retry="soon"
                 )
-        except Exception as error:
+        except (OSError, ValueError) as error:
             self.close()
             raise _wire_error(error, self.place) from None
-        except BaseException:
+        except BaseException:  # also what a caller's signal handler raises: a limit of time, say
             self.close()
             raise
         if self.left is not None:
@@ -1992,10 +1992,10 @@ class _Exchange:
         return self._receive(new)
 
     def answer(self) -> tuple[int, dict[str, str], _Body]:
-        """Return status, headers and body; only errors of ours leave this."""
+        """Return status, headers and body; of what sockets and TLS raise, only errors of ours."""
         try:
             return self._converse()
-        except Exception as error:
+        except (OSError, ValueError) as error:
             if self.switch:
                 self.switch.check()
             raise _wire_error(error, self.place) from None
@@ -3527,12 +3527,12 @@ class _Store:
         return recent
 
 
-_ENDS = KeyboardInterrupt, SystemExit  # what signal handlers raise to end a program
-
-
 def _unmask(error: BaseException) -> None:
-    """Raise the Ctrl-C in whose stead CPython raised an error: of a lock that a wait let go of."""
-    if isinstance(error, RuntimeError) and isinstance(error.__context__, _ENDS):
+    """Raise what a signal handler raised, such as Ctrl-C, amid a wait that had let go of its lock.
+
+    CPython then tries to let go once more, and says only that.
+    """
+    if isinstance(error, RuntimeError) and error.__context__ and str(error).endswith("lock"):
         raise error.__context__ from None
 
 
@@ -5560,7 +5560,9 @@ class _Fetch:
             name = self._name(validator, total, _checksum(file.crcs))
             return file.publish(self.store.shard(self.ident), name), False
         except BaseException as error:
-            if not isinstance(error, (TransferError, *_ENDS)) or 2 not in file.state:
+            # What we do not know, a signal handler raised: the program ends, or its time is up.
+            ours = isinstance(error, (S3CacheError, _Changed, _AskPlainly, _Theirs))
+            if (ours and not isinstance(error, TransferError)) or 2 not in file.state:
                 file.discard()
             raise
         finally:
@@ -5669,7 +5671,7 @@ def _quietly(look: Callable[[T, _Options], _Look | None], item: T, opt: _Options
     """Look and ask ahead; what goes wrong is met again, and reported, in the call's turn."""
     try:
         return look(item, opt)
-    except Exception:
+    except (S3CacheError, OSError, ValueError, TypeError):
         return None
 
 
@@ -6154,7 +6156,7 @@ def _localize(text: str, opt: _Options, look: _Look | None = None) -> LocalizedR
         raise
     except _Theirs as raised:
         raise raised.error from raised.error.__cause__
-    except (*_ENDS, RuntimeError) as error:
+    except BaseException as error:
         _let_go()
         _unmask(error)
         raise
@@ -6235,7 +6237,8 @@ def get_local_path_for_resource(
     Notes
     -----
     One conditional ranged GET answers hit and miss alike (RFC 9110, 13.1.2 and 14.2); later ranges
-    are pinned by If-Match to the first answer's ETag.
+    are pinned by If-Match to the first answer's ETag. What a signal handler raises (Ctrl-C, a limit
+    of time) ends the call; the next one goes on with a large object where this one stopped.
     """
     opt = _Options(
         cache_dir=cache_dir,

@@ -139,17 +139,23 @@ def test_interrupts_amid_other_threads_leave_them_their_turns_and_hardly_a_socke
 
 
 AMID_CALL = """
-import SUBJECT as s3c, os, signal, sys, threading
-cache, uri, last = *sys.argv[1:], []
+import SUBJECT as s3c, inspect, os, signal, sys, threading
+name, cache, uri, last, told = *sys.argv[1:], [], []
+class Late(Exception): pass
+def late(*_): raise Late
+number, error = (signal.SIGINT, KeyboardInterrupt) if name == "Ctrl-C" else (signal.SIGALRM, Late)
+signal.signal(signal.SIGALRM, late)
 def get(where): return s3c.get_local_path_for_resource(uri, cache_dir=where)
 def interrupt(step, where):
     def trace(frame, event, _):
-        if event in ("call", "c_return") and frame.f_code.co_filename == s3c.__file__:
-            last.append((frame.f_code.co_name, frame.f_lineno))
-            if len(last) == step: signal.raise_signal(signal.SIGINT)
+        code = frame.f_code
+        is_ours = code.co_filename == s3c.__file__ and not code.co_flags & inspect.CO_GENERATOR
+        if event in ("call", "c_return") and is_ours:
+            last.append((code.co_name, frame.f_lineno))
+            if len(last) == step: signal.raise_signal(number)
     sys.setprofile(trace)
     try: get(where)
-    except KeyboardInterrupt: pass
+    except error: told.append(error)
     finally: sys.setprofile(None)
 def child(step):
     where = f"{cache}/{step}"
@@ -158,9 +164,11 @@ def child(step):
     other.start()
     other.join(5)
     get(where)
-    if other.is_alive() or s3c._FLIGHTS or s3c._TURN._taken or s3c._TURN._here.inside:
+    came = len(last) >= step
+    left = s3c._FLIGHTS or s3c._TURN._taken or s3c._TURN._here.inside
+    if came and (other.is_alive() or left or not told):
         print("interrupted in", *last[step - 1], flush=True)
-    os._exit(len(last) < step)
+    os._exit(not came)
 get(cache)  # imports
 for step in range(1, 2000):
     pid = os.fork()
@@ -171,11 +179,12 @@ print(step > 100)
 
 
 @posix
-def test_wherever_an_interrupt_comes_other_threads_get_the_object(
-    publish: Publish, run_python: Run, cache: Path
+@pytest.mark.parametrize("name", ["Ctrl-C", "a limit of time"])
+def test_wherever_a_signals_error_comes_it_is_raised_and_other_threads_get_the_object(
+    name: str, publish: Publish, run_python: Run, cache: Path
 ) -> None:
     """At each of our calls, and after each of those into C: that is where Python looks for one."""
-    assert run_python(AMID_CALL, cache, publish(b"x"), timeout=100).stdout == "True\n"
+    assert run_python(AMID_CALL, name, cache, publish(b"x"), timeout=100).stdout == "True\n"
 
 
 INTERRUPTED_FIRST = f"""

@@ -45,6 +45,7 @@ DATA, OTHER = blob(SIZE), blob(SIZE, 1)
 CHILD = """
 import SUBJECT as s3c, signal, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as scripts for Slurm do
+signal.signal(signal.SIGALRM, lambda *_: 1 / 0)  # a limit of time, with an error of its own
 s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2])
 """
 
@@ -535,7 +536,7 @@ def test_patience_with_the_parts_is_all_the_patience_there_is(
     assert len(server.seen) <= 1 + 6 * 9, "retries of retries"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGALRM])
 def test_a_signal_keeps_the_partial_file(
     number: int, kill: Any, server: Server, publish: Publish, get: Get
 ) -> None:
