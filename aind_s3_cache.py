@@ -1660,12 +1660,11 @@ def _dial(origin: Origin, deadline: float) -> Socket:
             sock.connect(address)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
-        except OSError as error:
+        except BaseException as error:
             sock.close()
+            if not isinstance(error, OSError) or _is_of_handler(error):
+                raise
             last = error
-        except BaseException:
-            sock.close()
-            raise
     raise last
 
 
@@ -1681,15 +1680,25 @@ def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None
         raise TransferError(f"Proxy {proxy} refuses a tunnel", status=status, retry=kind)
 
 
+def _is_of_handler(error: Exception) -> bool:
+    """Tell whether a caller's signal handler raised this: a limit of time, no fault of a socket."""
+    handlers = map(_signal.getsignal, range(1, _signal.NSIG))
+    codes = {getattr(handler, "__code__", None) for handler in handlers}
+    trace = error.__traceback__
+    while trace and trace.tb_frame.f_code not in codes:
+        trace = trace.tb_next
+    return trace is not None
+
+
 def _timed_out(error: Exception) -> bool:
     return isinstance(error, TimeoutError) or type(error).__name__ == "timeout"  # 3.9's
 
 
-def _wire_error(error: Exception, place: _Place, proxy: str = "") -> S3CacheError:
+def _wire_error(error: Exception, place: _Place, proxy: str = "") -> Exception:
     """Return the error of ours for what went wrong on a socket: likely cause and next step."""
     import socket
 
-    if isinstance(error, S3CacheError):
+    if isinstance(error, S3CacheError) or _is_of_handler(error):
         return error
     where = proxy + place.address
     number = getattr(error, "errno", None)
@@ -1789,7 +1798,7 @@ class _Body:
         except (OSError, ValueError) as error:
             self.close()
             raise _wire_error(error, self.place) from None
-        except BaseException:  # also what a caller's signal handler raises: a limit of time, say
+        except BaseException:
             self.close()
             raise
         if self.left is not None:
@@ -1983,7 +1992,8 @@ class _Exchange:
                     self._send(kept)
                 return self._receive(kept)
             except OSError as error:
-                if _timed_out(error) or isinstance(error, S3CacheError):
+                ours = isinstance(error, S3CacheError)  # it is told already what went wrong
+                if ours or _timed_out(error) or _is_of_handler(error):
                     raise
         if self.switch:
             self.switch.check()

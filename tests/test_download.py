@@ -22,7 +22,7 @@ from typing import Any, Callable
 
 import pytest
 from conftest import BUCKET, Run, new_client
-from server import CLOSE, RESET, STALL, Request, Server, chunked, pick_range
+from server import CLOSE, RESET, STALL, Answer, Request, Server, chunked, pick_range
 from subject import name as subject_name
 from subject import s3c
 
@@ -970,6 +970,35 @@ def test_ctrl_c_ends_within_a_second_whatever_the_server_does(
     assert took < 4
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert_unpublished(cache)
+
+
+LATE = """
+import SUBJECT as s3c, signal, sys
+def late(*_): raise TimeoutError("the caller's")
+signal.signal(signal.SIGALRM, late)
+get = lambda: s3c.get_local_path_for_resource(sys.argv[2], cache_dir=sys.argv[1])
+if len(sys.argv) > 3: get()
+signal.setitimer(signal.ITIMER_REAL, 0.7)
+try: get()
+except BaseException as error: print(type(error).__name__, error)
+"""
+
+
+@posix
+@pytest.mark.parametrize("fault", ["silent", "silent later", "stalled", "stalled parts"])
+def test_a_limit_of_time_that_a_signal_sets_is_none_of_the_networks(
+    fault: str, server: Server, publish: Publish, run_python: Run, cache: Path, cut: Any
+) -> None:
+    """Its error is what the standard library raises where a socket timed out, and yet another."""
+    uri = publish(random((12 << 20) if fault == "stalled parts" else 100_000))
+    if fault == "silent":
+        server.always(raw=[STALL])
+    elif fault == "silent later":  # on a kept connection
+        server.before = lambda _: Answer(200, raw=(STALL,)) if len(server.seen) > 1 else None
+    else:
+        cut(1000, STALL, times=99)
+    done = run_python(LATE, cache, uri, *["later"] * fault.endswith("later"))
+    assert done.stdout == "TimeoutError the caller's\n"
 
 
 @posix
