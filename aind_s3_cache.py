@@ -1639,6 +1639,16 @@ def _proxy(origin: Origin) -> _Place | None:
     return place
 
 
+def _is_of_handler(error: Exception) -> bool:
+    """Tell whether a caller's signal handler raised this: a limit of time, no fault of a socket."""
+    handlers = map(_signal.getsignal, range(1, _signal.NSIG))
+    codes = {getattr(handler, "__code__", None) for handler in handlers}
+    trace = error.__traceback__
+    while trace and trace.tb_frame.f_code not in codes:
+        trace = trace.tb_next
+    return trace is not None
+
+
 def _dial(origin: Origin, deadline: float) -> Socket:
     """Connect to the first address of a host that answers."""
     import socket
@@ -1678,16 +1688,6 @@ def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None
     if status != 200 or wire.data:
         kind = _retry_kind(status, None)
         raise TransferError(f"Proxy {proxy} refuses a tunnel", status=status, retry=kind)
-
-
-def _is_of_handler(error: Exception) -> bool:
-    """Tell whether a caller's signal handler raised this: a limit of time, no fault of a socket."""
-    handlers = map(_signal.getsignal, range(1, _signal.NSIG))
-    codes = {getattr(handler, "__code__", None) for handler in handlers}
-    trace = error.__traceback__
-    while trace and trace.tb_frame.f_code not in codes:
-        trace = trace.tb_next
-    return trace is not None
 
 
 def _timed_out(error: Exception) -> bool:
