@@ -391,8 +391,7 @@ class S3CacheError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By the class of ours, since the mixed one exists at run time only.
-        state = {**self.__dict__, "errno": getattr(self, "errno", None)}
-        return _rebuild, (type(self).__dict__.get("_ours", type(self)), self.message, state)
+        return _rebuild, (type(self).__dict__.get("_ours", type(self)), self.__dict__)
 
 
 class NotFoundError(S3CacheError, FileNotFoundError):
@@ -442,11 +441,10 @@ class MissingDependencyError(S3CacheError, ImportError):
     """A signed request was asked for and boto3 is not installed."""
 
 
-def _rebuild(cls: type[S3CacheError], message: str, state: dict[str, Any]) -> S3CacheError:
+def _rebuild(cls: type[S3CacheError], state: dict[str, Any]) -> S3CacheError:
     """Make an error anew from its pickle."""
-    error = cls(message, status=state["status"], code=state["code"])
-    for name, value in state.items():
-        setattr(error, name, value)
+    error = cls(state["message"], status=state["status"], code=state["code"])
+    error.__dict__.update(state)
     return error
 
 
@@ -956,16 +954,6 @@ def _is_strong(etag: str | None) -> bool:
     return etag is not None and not etag.startswith("W/")
 
 
-def _parse_date(text: str) -> float | None:
-    """Return an HTTP date as seconds since the epoch, or None."""
-    from email.utils import parsedate_to_datetime
-
-    try:
-        return parsedate_to_datetime(text).timestamp()
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
-
-
 def _retry_after(headers: dict[str, str], now: float) -> float | None:
     """Return the seconds that the server asks us to wait (RFC 9110, 10.2.3)."""
     millis = _digits(headers.get("x-amz-retry-after", ""))
@@ -975,8 +963,12 @@ def _retry_after(headers: dict[str, str], now: float) -> float | None:
     seconds = _digits(raw)
     if seconds is not None or not raw:
         return seconds
-    date = _parse_date(raw)
-    return None if date is None else max(0.0, date - now)
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return max(0.0, parsedate_to_datetime(raw).timestamp() - now)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
 
 
 def _retry_delay(
@@ -1356,7 +1348,7 @@ class _Connection:
     def close(self) -> None:
         if self.switch:
             self.switch.drop(self)
-        _POOL.forget(self)
+        _POOL.open.discard(self)
         self.sock.close()
 
     def release(self) -> None:
@@ -1471,13 +1463,7 @@ class _Pool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: list[_Connection] = []
-        self._all: set[_Connection] = set()
-
-    def add(self, connection: _Connection) -> None:
-        self._all.add(connection)
-
-    def forget(self, connection: _Connection) -> None:
-        self._all.discard(connection)
+        self.open: set[_Connection] = set()
 
     def take(self, key: tuple[Any, ...]) -> _Connection | None:
         """Return the connection used last for this key, if it is young enough."""
@@ -1519,9 +1505,9 @@ class _Pool:
 
     def after_fork(self) -> None:
         """Close, in the child, every socket of the parent; not shut down: the parent uses them."""
-        for connection in self._all:
+        for connection in self.open:
             connection.sock.close()
-        self._lock, self._idle, self._all = threading.Lock(), [], set()
+        self._lock, self._idle, self.open = threading.Lock(), [], set()
 
 
 _POOL = _Pool()
@@ -1924,7 +1910,7 @@ class _Exchange:
             sock.close()
             raise
         connection = _Connection(sock, self.key)
-        _POOL.add(connection)
+        _POOL.open.add(connection)
         return connection
 
     def _send(self, connection: _Connection) -> None:
@@ -2021,8 +2007,7 @@ def _redirected(place: _Place, location: str) -> _Place:
     try:
         new = _place(urljoin(base, location))
     except ValueError:
-        shown = _redact_bad(location)
-        raise TransferError(f"Refused a redirect to {shown}") from None
+        raise TransferError(f"Refused a redirect to {_redact_bad(location)}") from None
     if (scheme, new.origin[0]) == ("https", "http"):
         raise TransferError(f"Refused a redirect from https to http: {new}")
     auth = place.auth if new.origin == place.origin else None
@@ -2189,9 +2174,8 @@ class _Source:
         self, status: int, headers: dict[str, str], body: bytes, code: str | None = None
     ) -> S3CacheError:
         """Return the error that an answer means, with the likely cause and the next step."""
-        said = _parse_error(body) if self.kind == "s3" else {}
         if self.kind == "s3":  # botocore, too, takes the status for a code that is not told
-            code = code or said.get("Code") or _S3_CODES.get(status, str(status))
+            code = code or _parse_error(body).get("Code") or _S3_CODES.get(status, str(status))
         cls = _REFUSALS.get(_CODE_STATUS.get(code or "", status), S3CacheError)
         retry = _retry_kind(status, code)
         if status == 400 and code in (_EXPIRED_CODES if self.signed else _UNSIGNED_CODES):
@@ -2365,10 +2349,8 @@ class _Unsigned(_S3):
         )
         if status != 200:
             raise self._error(status, headers, _read_error(body))
-        page = _read_up_to(body, _LIST_LIMIT + 1)
+        page = _read_up_to(body, _LIST_LIMIT)  # cut there it is no XML
         try:
-            if len(page) > _LIST_LIMIT:
-                raise ValueError("a page that does not end")
             return _parse_listing(page)
         except ValueError as error:  # S3 may send an error under 200: as good as a 500
             message = f"Unusable listing: {_printable(str(error))}"
@@ -2449,7 +2431,7 @@ class _Signed(_S3):
             return self._error(status, headers, b"", code or None)
         name = type(error).__name__
         bases = {cls.__name__ for cls in type(error).__mro__}
-        if isinstance(error, S3CacheError) or "NoCredentialsError" in bases:
+        if "NoCredentialsError" in bases:
             return error
         if "FlexibleChecksumError" in bases:
             return IntegrityError("The bytes do not match their checksum", uri=self.uri)
@@ -2574,14 +2556,10 @@ class _File(_Source):
     def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115  the answer owns it
+            found = os.fstat(file.fileno())
         except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
             raise _no_local_path(self.text) from None
         except OSError as error:
-            raise self.unreadable(error) from None
-        try:
-            found = os.fstat(file.fileno())
-        except OSError as error:
-            _close(file)
             raise self.unreadable(error) from None
         # Pipes, devices and files of /proc say 0 and are read to their end.
         known = stat.S_ISREG(found.st_mode) and found.st_size > 0
@@ -3205,10 +3183,10 @@ def _unlink(path: str) -> bool:
     return True
 
 
-def _stamp(file: str | int) -> None:
+def _stamp(path: str) -> None:
     """Set the times to now, if the file system can."""
     try:
-        os.utime(file)
+        os.utime(path)
     except OSError:
         pass
 
@@ -3842,11 +3820,9 @@ class _Partial:
         final = os.path.join(directory, name)
         with _Disk(directory, self.total):
             _sync(self.fd)  # written out of order: without it a power cut leaves zeros
-            # The stamp of validation is now, not when the last byte was written.
-            if os.utime in os.supports_fd:
-                _stamp(self.fd)
             self.store.make(directory)
             self.close()
+            _stamp(self.path + ".data")  # validated now, not when the last byte was written
             _publish(self.path + ".data", final)
         self.store.drop_partials(self.key)
         return final
@@ -4106,10 +4082,8 @@ def _inodes(paths: Iterable[str]) -> dict[tuple[int, int], int]:
 
 def _is_left(path: str, now: float) -> bool:
     """Tell whether a temporary file, or a tree being made, has stood still for the grace."""
-    if now - _newest(path) <= _GRACE:
-        return False
     # Links into its subdirectories do not stamp a tree itself.
-    return now - _newest(*(top for top, _, _ in os.walk(path))) > _GRACE
+    return now - _newest(path, *(top for top, _, _ in os.walk(path))) > _GRACE
 
 
 def _is_damaged(entry: _Entry) -> bool:
@@ -4384,7 +4358,7 @@ def _collect(source: _Source, answer: _Answer, patience: _Patience) -> bytearray
     return sink.data
 
 
-def _decompress(data: bytes, wbits: int, limit: int) -> bytes | None:
+def _decompress(data: bytearray, wbits: int, limit: int) -> bytearray | None:
     """Undo one compression, in members as gzip may have (RFC 1952, 2.2); None if it is cut short.
 
     Returns more than limit bytes for what would be longer, and never much more.
@@ -4403,15 +4377,15 @@ def _decompress(data: bytes, wbits: int, limit: int) -> bytes | None:
         at -= len(member.unused_data)
         while data[at : at + 1] == b"\0":  # padding
             at += 1
-    return bytes(out)
+    return out
 
 
-def _inflate(data: bytes, source: _Source, coding: str) -> bytes:
+def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:
     """Undo Content-Encoding gzip or deflate, and no more of it than the ceiling (gzip bombs)."""
     import zlib
 
     if source.kind == "local":  # as it was stored: no JSON begins so
-        coding = {b"\x1f": "gzip", b"\x78": "deflate"}.get(data[:1], "")
+        coding = {b"\x1f": "gzip", b"\x78": "deflate"}.get(bytes(data[:1]), "")
     for name in reversed(coding.split(",")):
         coding = name.strip().lower()
         if coding in ("", "identity", "aws-chunked"):
@@ -4433,7 +4407,7 @@ def _inflate(data: bytes, source: _Source, coding: str) -> bytes:
     return data
 
 
-def _parse_json(data: bytes, source: _Source) -> dict[str, Any]:
+def _parse_json(data: bytearray, source: _Source) -> dict[str, Any]:
     """Parse UTF-8, UTF-16 or UTF-32, with or without a byte-order mark, into a mapping."""
     with _IMPORTS:
         import json
@@ -4476,8 +4450,8 @@ def _read_json(source: _Source) -> dict[str, Any]:
             patience.after(error)
         else:
             _QUOTA.give()
-            plain = _inflate(bytes(data), source, answer.headers.get("content-encoding", ""))
-            return _parse_json(plain, source)
+            data = _inflate(data, source, answer.headers.get("content-encoding", ""))
+            return _parse_json(data, source)
 
 
 def _is_offline(offline: bool = False) -> bool:
@@ -5055,13 +5029,10 @@ class _Crew:
                 self._changed.notify_all()
                 # Threads are daemons and their sockets shut; one that resolves a name or connects
                 # may need half a minute. A second is all that an error or Ctrl-C may take.
-                self._changed.wait_for(self._is_idle, self._switch.grace)
+                self._changed.wait_for(lambda: not self.active, self._switch.grace)
             self._errors.clear()  # whoever stays behind must not keep what the traceback holds
             _unmask(error)
             raise
-
-    def _is_idle(self) -> bool:
-        return not self.active
 
     def _is_due(self) -> bool:
         return self._wanted or bool(self._errors) or not self.active
@@ -5863,9 +5834,7 @@ class _Tree:
 
     def result(self, path: str, status: str) -> LocalizedResource:
         size = int(os.path.basename(path).split("_", 4)[3], 16)
-        return LocalizedResource(
-            path, status != "downloaded", "s3", status, self.source.uri, None, size
-        )
+        return _result(self.source, path, status, None, size)
 
     def held(self) -> LocalizedResource | None:
         """Return what may be served without asking."""
@@ -5966,9 +5935,8 @@ class _Tree:
                     with _Disk(aside, key.size):
                         return _link(path, f"{aside}/{name}")
                 except CacheError as error:
-                    if error.errno != errno.ENOENT:
-                        raise
-                    if not os.path.isdir(os.path.dirname(f"{aside}/{name}")):
+                    here = os.path.isdir(os.path.dirname(f"{aside}/{name}"))
+                    if error.errno != errno.ENOENT or not here:
                         raise
                 look = None  # pruned between the look and the link
             raise CacheError("An entry disappears while it is linked", uri=self.source.uri)
@@ -6027,8 +5995,6 @@ class _Tree:
             except OSError:
                 if _is_whole_tree(path, names, keys):  # a peer was faster
                     return
-                if not os.path.lexists(path):
-                    raise
             error = _remove_tree(path)
             if error and os.path.lexists(path):
                 raise error
@@ -6649,10 +6615,6 @@ def _json_line(value: object) -> str:
     return json.dumps(value, default=str)
 
 
-def _when(stamp: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(stamp))
-
-
 def _record(value: _Record) -> dict[str, Any]:
     return {name.strip("_"): getattr(value, name) for name in value.__slots__}
 
@@ -6661,10 +6623,6 @@ def _say(text: str) -> None:
     """Print a line on stderr; nothing where that is closed, for ``print`` would take stdout."""
     if sys.stderr:
         print(text, file=sys.stderr)
-
-
-def _complain(error: object) -> None:
-    _say(f"aind-s3-cache: {error}")
 
 
 def _is_known(error: Exception) -> bool:
@@ -6695,7 +6653,7 @@ def _do_get(args: Any) -> int:
             if not _is_known(result):
                 raise result
             failed = 1
-            _complain(result)
+            _say(f"aind-s3-cache: {result}")
         else:
             print(_json_line(_record(result)) if args.json else os.fspath(result))
     return failed
@@ -6737,7 +6695,8 @@ def _do_ls(args: Any) -> int:
         access.attempt(_Target("s3", args.uri, bucket, prefix), None, show)
         return 0
     for entry in _manager(args).entries():
-        line = f"{_human(entry.size):>10}  {_when(entry.last_used)}  {entry.kind:7}  {entry.path}"
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
+        line = f"{_human(entry.size):>10}  {used}  {entry.kind:7}  {entry.path}"
         print(_json_line(_record(entry)) if args.json else line)
     return 0
 
@@ -6873,7 +6832,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_known(error):
             raise
-        _complain(error)
+        _say(f"aind-s3-cache: {error}")
         return _leave_stdout(1) if isinstance(error, OSError) else 1
 
 

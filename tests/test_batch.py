@@ -370,7 +370,7 @@ def test_an_error_ends_the_listing_of_a_tree(server: Server, get_all: Get) -> No
     server.on_path("/missing", raw=[0.5, b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"])
     with pytest.raises(s3c.NotFoundError):
         get_all(iter([f"s3://{BUCKET}/t/", f"{server.url}/missing"]))
-    assert not s3c._POOL._all - set(s3c._POOL._idle)
+    assert not s3c._POOL.open - set(s3c._POOL._idle)
 
 
 def test_an_error_noted_at_the_last_moment_is_not_lost() -> None:
@@ -609,7 +609,7 @@ def test_an_answer_that_nobody_wanted_is_no_answer_to_the_next_request(
         with pytest.raises(s3c.AccessDeniedError):
             get_all(uris)
         assert numbers(get_all(uris[30:])) == list(range(30, 60))
-        assert s3c._POOL._all <= set(s3c._POOL._idle), "a connection is open and not kept"
+        assert s3c._POOL.open <= set(s3c._POOL._idle), "a connection is open and not kept"
 
 
 def test_what_vanishes_while_it_is_asked_for_ahead_is_fetched_again(
@@ -642,7 +642,7 @@ def test_nothing_is_asked_ahead_for_a_call_that_is_refused(
     results = get_all(urls, version_id="v1", return_exceptions=True)
     assert {type(result) for result in results} == {ValueError}
     assert server.seen == []
-    assert s3c._POOL._all <= set(s3c._POOL._idle), "a connection is open and not kept"
+    assert s3c._POOL.open <= set(s3c._POOL._idle), "a connection is open and not kept"
 
 
 def test_an_object_that_takes_long_holds_up_nobody(

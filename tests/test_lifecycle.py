@@ -126,7 +126,7 @@ INTERRUPTED_OFTEN = f"""
 {INTERRUPTED}
 for _ in range(40): once()
 get(uris[0])  # takes over a turn that an interrupt between two bytecodes left
-print(s3c._TURN._taken, len(s3c._POOL._all - set(s3c._POOL._idle)) < 4)
+print(s3c._TURN._taken, len(s3c._POOL.open - set(s3c._POOL._idle)) < 4)
 """
 
 
