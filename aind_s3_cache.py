@@ -3242,7 +3242,7 @@ def _checksum_of_file(path: str) -> str:
         return _checksum(b"".join(map(_crcs, iter(partial(file.read, _CHUNK), b""))))
 
 
-_KNOWN_ROOTS: dict[str, tuple[int, int]] = {}  # root -> (device, inode) once found safe
+_KNOWN_ROOTS: dict[str, tuple[int, ...]] = {}  # root -> what it was when found safe
 _PARTIAL_LOOKS: dict[str, tuple[float, bool]] = {}  # root -> when, and what, `recently_partial` saw
 
 
@@ -3348,11 +3348,12 @@ class _Store:
             return False
         except OSError as error:
             raise _disk_error(error, self.root) from None
-        # By inode, so that a directory put in its place is looked at again.
-        if _KNOWN_ROOTS.get(self.root) != (found.st_dev, found.st_ino):
+        # A directory put in its place is looked at again; it may have got the same inode.
+        known = found.st_dev, found.st_ino, found.st_uid, found.st_mode
+        if _KNOWN_ROOTS.get(self.root) != known:
             if _others_write(self.cache_dir):
                 _guard(self.root)
-            _KNOWN_ROOTS[self.root] = found.st_dev, found.st_ino
+            _KNOWN_ROOTS[self.root] = known
         self._found = stat.S_ISDIR(found.st_mode)
         return self._found
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import Run
+from conftest import NOBODY, Run
 from server import Server
 from subject import s3c
 
@@ -160,6 +160,21 @@ def test_our_folder_opened_to_others_is_refused(
     with pytest.raises(s3c.CacheError):
         get(publish(b"data"))
     assert list(root.iterdir()) == []
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("as_nobody")  # which skips, as chown would fail
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_folder_that_became_another_users_is_refused(
+    offline: bool, shared: Path, publish: Publish, get: Any
+) -> None:
+    """Removed and made anew it may have the same inode number, as this one surely does."""
+    uri, root = publish(b"data"), shared / "aind-s3-cache"
+    get(uri)
+    os.chown(root, NOBODY, NOBODY)
+    with pytest.raises(s3c.CacheError) as caught:
+        get(uri, offline=offline)
+    assert caught.value.errno == errno.EPERM
 
 
 @pytest.mark.root
