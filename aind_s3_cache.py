@@ -242,8 +242,8 @@ _CHANGES = 3  # times an object may change under a download before we say so
 _DEAD = 30.0  # seconds without a byte after which whoever wrote a partial file is taken for dead
 _PEER_PATIENCE = 5.0  # seconds a peer's download may stand still before we no longer wait for it
 
-_USE_GRAIN = 3600.0  # seconds between two stamps of last use
-_GRACE = 3600.0  # seconds after its last use in which nothing is pruned
+_USE_GRAIN = 300.0  # seconds between two stamps of last use
+_GRACE = 3600.0 + _USE_GRAIN  # seconds after its last stamp in which nothing is pruned
 _ORPHAN_AGE = 7 * 86400.0  # seconds after which a partial file that nobody finished is collected
 
 
@@ -3448,10 +3448,11 @@ class _Store:
         return True
 
     def used(self, path: str, stamp: float) -> None:
-        """Stamp a path as used just now, at most once an hour."""
+        """Stamp a path as used just now, at most every five minutes."""
         # Not atime: relatime and noatime mounts make it useless.
         sidecar = _sidecar(path, "u")
-        if time.time() - max(stamp, _newest(sidecar)) > _USE_GRAIN:
+        # Either way: this machine's clock may be behind that of the file system.
+        if abs(time.time() - max(stamp, _newest(sidecar))) > _USE_GRAIN:
             _touch(sidecar)
 
     def name(
