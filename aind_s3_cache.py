@@ -3076,7 +3076,8 @@ def _aside(directory: str) -> str:
 
 
 def _is_aside(path: str) -> bool:
-    return os.path.basename(path)[:2] == ".t"
+    name = os.path.basename(path)
+    return name[:2] == ".t" and len(name) > 17 and _HEX.issuperset(name[2:])  # and not .tox
 
 
 def _tail(name: str, room: int) -> str:
@@ -3993,18 +3994,19 @@ def _plan_prune(
     return plan
 
 
-def _is_ours(name: str) -> bool:
-    """Tell whether a name in a shard is one that we give."""
-    entry = name[2:] if name[:2] in (".u", ".v") else name
-    return _is_aside(name) or _parse_entry(entry) is not None
-
-
 def _is_tree(path: str) -> bool:
     """Tell whether a path in ``trees`` is a snapshot of ours, or one being made."""
     name = os.path.basename(path)
     hexes = name[:20] + name[22:38]
     ours = name[20:22] in ("_o", "_p") and name[38:39] == "_" and _HEX.issuperset(hexes)
     return (ours or _is_aside(name)) and not os.path.islink(path)
+
+
+def _is_ours(path: str) -> bool:
+    """Tell whether a path in a shard or in ``trees`` has a name that we give."""
+    folder, name = os.path.split(path)
+    entry = os.path.join(folder, name[2:] if name[:2] in (".u", ".v") else name)
+    return _parse_entry(entry) is not None or _is_tree(entry)
 
 
 def _list(path: str) -> list[str]:
@@ -4218,7 +4220,7 @@ class _Keeper(_Store):
                 if _is_aside(name) and _is_left(path, now):
                     if not _unlink(path):
                         _remove_tree(path)
-                elif name[:2] in (".u", ".v") and not os.path.lexists(entry):
+                elif name[:2] in (".u", ".v") and _is_ours(path) and not os.path.lexists(entry):
                     _unlink(path)
 
     def verify(self) -> list[CacheEntry]:
@@ -4249,13 +4251,11 @@ class _Keeper(_Store):
             return
         with _Disk(self.root):
             errors = list(map(_remove_tree, filter(_is_tree, _list(self.trees))))
-            files = [p for shard in _list(self.objects) for p in _list(shard)]
-            files = [p for p in files if _is_ours(os.path.basename(p))]
+            shards = [self.trees, *_list(self.objects)]
+            files = [p for shard in shards for p in _list(shard) if _is_ours(p)]
             files += [p for p in _list(self.partial) if p.endswith((".data", ".log"))]
             files += [p for p in _list(self.locks) if len(os.path.basename(p)) == 3]
             files += filter(_is_aside, _list(self.root))
-            stamps = [p for p in _list(self.trees) if os.path.basename(p)[:2] in (".u", ".v")]
-            files += [p for p in stamps if _is_tree(os.path.basename(p)[2:])]
             for path in [*files, os.path.join(self.root, "CACHEDIR.TAG")]:
                 try:
                     os.unlink(path)

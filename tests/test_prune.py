@@ -582,6 +582,24 @@ def test_clear_leaves_what_is_not_ours(hold: Any, manager: Any, cache: Path) -> 
     assert (manager.entries(), manager.size()) == ([], 0)
 
 
+@pytest.mark.parametrize("tidy", ["prune", "clear"])
+def test_what_is_not_ours_stays_in_a_folder_that_is_called_as_ours(
+    tidy: str, publish: Publish, tmp_path: Path
+) -> None:
+    """A clone of this project, given as cache_dir."""
+    clone = tmp_path / "aind-s3-cache"
+    names = ".travis.yml", ".tox/py39", ".tea", ".vimrc", ".updates", "trees/.vimrc"
+    mine = [clone / name for name in names]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for path in clone.rglob("*"):
+        os.utime(path, (1, 1))
+    s3c.get_local_path_for_resource(publish(b"x"), cache_dir=clone)
+    getattr(s3c.CacheManager(clone), tidy)()
+    assert [path for path in mine if not path.exists()] == []
+
+
 @pytest.mark.skipif(os.name != "posix", reason="symbolic links")
 def test_clear_follows_no_link(hold: Any, manager: Any, home: Path) -> None:
     shard = hold("k").parent
@@ -602,7 +620,7 @@ def test_prune_sweeps_what_crashes_left(hold: Any, manager: Any) -> None:
     lone = path.with_name(".u" + path.name.replace("_k", "_gone"))
     for left in (young, old, lone):
         left.touch()
-    tree, grows = (path.parents[2] / "trees" / name for name in (".t00", ".t01"))
+    tree, grows = (path.parents[2] / "trees" / f".t{number:020x}" for number in range(2))
     for folder in (tree / "folder", grows / "folder"):
         folder.mkdir(parents=True)
     for left in (old, lone, tree / "folder", tree, grows):
