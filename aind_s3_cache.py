@@ -4070,6 +4070,17 @@ def _remove_tree(path: str) -> OSError | None:
     return errors[0] if errors and os.path.lexists(aside) else None
 
 
+def _remove_any(path: str) -> OSError | None:
+    """Remove a file or a directory; return what kept some of it where it is."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # which one means a directory, depends on the system
+        return _remove_tree(path) if os.path.isdir(path) else error
+    return None
+
+
 def _inodes(paths: Iterable[str]) -> dict[tuple[int, int], int]:
     """Return inode -> bytes on disk of the regular files among paths, each once."""
     found = {}
@@ -4181,7 +4192,16 @@ class _Keeper(_Store):
         if dry_run:
             return [unit.entry for unit in plan]
         self._sweep(now)
-        return [unit.entry for unit in plan if self._remove(unit.entry)]
+        gone, errors = [], []
+        for unit in plan:
+            try:
+                if self._remove(unit.entry):
+                    gone.append(unit.entry)
+            except CacheError as error:  # another user's, in a sticky directory: go on
+                errors.append(error)
+        for first in errors:
+            raise first
+        return gone
 
     def _remove(self, entry: CacheEntry) -> bool:
         """Remove an entry unless it was touched after the plan: aside first, and back if so."""
@@ -4190,7 +4210,7 @@ class _Keeper(_Store):
             if _newest(path + ".log", path + ".data") > entry.last_used:
                 return False
             _drop_partial(path)
-            return True
+            return not _inodes([path + ".data", path + ".log"])
         stamps = [_sidecar(path, kind) for kind in "uv"]
         with _Disk(path):
             try:
@@ -4203,10 +4223,9 @@ class _Keeper(_Store):
                     return False
             except FileNotFoundError:
                 return False
-            if entry.kind == "tree":
-                _remove_tree(aside)
-            else:
-                os.unlink(aside)
+            error = _remove_any(aside)
+            if error:
+                raise error
             for sidecar in stamps:
                 _unlink(sidecar)
         return True
@@ -4218,8 +4237,7 @@ class _Keeper(_Store):
                 name = os.path.basename(path)
                 entry = os.path.join(shard, name[2:])
                 if _is_aside(name) and _is_left(path, now):
-                    if not _unlink(path):
-                        _remove_tree(path)
+                    _remove_any(path)
                 elif name[:2] in (".u", ".v") and _is_ours(path) and not os.path.lexists(entry):
                     _unlink(path)
 
@@ -4250,21 +4268,12 @@ class _Keeper(_Store):
         if not self.exists():
             return
         with _Disk(self.root):
-            errors = list(map(_remove_tree, filter(_is_tree, _list(self.trees))))
             shards = [self.trees, *_list(self.objects)]
-            files = [p for shard in shards for p in _list(shard) if _is_ours(p)]
-            files += [p for p in _list(self.partial) if p.endswith((".data", ".log"))]
-            files += [p for p in _list(self.locks) if len(os.path.basename(p)) == 3]
-            files += filter(_is_aside, _list(self.root))
-            for path in [*files, os.path.join(self.root, "CACHEDIR.TAG")]:
-                try:
-                    os.unlink(path)
-                except FileNotFoundError:
-                    pass
-                except (IsADirectoryError, PermissionError):  # the latter on macOS and Windows
-                    if not os.path.isdir(path):
-                        raise
-                    _remove_tree(path)  # it was put aside by _rename
+            paths = [p for shard in shards for p in _list(shard) if _is_ours(p)]
+            paths += [p for p in _list(self.partial) if p.endswith((".data", ".log"))]
+            paths += [p for p in _list(self.locks) if len(os.path.basename(p)) == 3]
+            paths += filter(_is_aside, _list(self.root))
+            errors = list(map(_remove_any, [*paths, os.path.join(self.root, "CACHEDIR.TAG")]))
             directories = [*_list(self.objects), self.objects, self.partial]
             directories += [self.trees, self.locks]
             if self.root != self.cache_dir:  # what somebody named stays
@@ -6516,7 +6525,7 @@ class CacheManager:
         ValueError
             A negative limit.
         CacheError
-            The directory cannot be changed, or is not safe.
+            Something could not be removed, though all else was; or the directory is not safe.
         """
         if (max_age_days or 0) < 0 or (max_size_bytes or 0) < 0:
             raise ValueError("max_age_days and max_size_bytes must not be negative")
@@ -6545,7 +6554,7 @@ class CacheManager:
         Raises
         ------
         CacheError
-            The directory cannot be changed, or is not safe.
+            Something could not be removed, though all else was; or the directory is not safe.
         """
         self._keeper.clear()
 

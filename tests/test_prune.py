@@ -6,11 +6,12 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import Run
+from conftest import NOBODY, Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from server import Server
@@ -561,6 +562,51 @@ def test_clear_removes_all_of_ours(
     manager.clear()
     assert [path.name for path in cache.rglob("*")] == ["mine"]
     assert get("s3://aind-open-data/k").status == "downloaded"
+
+
+TIDIES = [lambda cache: s3c.CacheManager(cache).prune(1), lambda c: s3c.CacheManager(c).clear()]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("tidy", TIDIES, ids=["prune", "clear"])
+def test_what_may_not_be_removed_keeps_nothing_else(
+    tidy: Any, publish: Publish, public: Path, as_nobody: Any
+) -> None:
+    """Of a group's cache, sticky as NFS exports often are: a colleague's entry."""
+    get = partial(s3c.get_local_path_for_resource, cache_dir=public)
+    theirs, mine = sorted(get(publish(b"x", key=key)).path for key in "ab")
+    os.chown(mine, NOBODY, NOBODY)
+    for path in (theirs, mine):
+        os.utime(path, (1, 1))
+        path.parent.chmod(0o1777)
+    with pytest.raises(s3c.CacheError, match=theirs.name):
+        as_nobody(partial(tidy, public))
+    assert (theirs.exists(), mine.exists()) == (True, False)
+
+
+@pytest.mark.root
+def test_prune_does_not_tell_of_a_partial_file_that_stayed(public: Path, as_nobody: Any) -> None:
+    data = public / "aind-s3-cache" / "partial" / "0.0.0.data"
+    data.parent.mkdir(parents=True)
+    data.touch()
+    os.utime(data, (1, 1))
+    assert as_nobody(s3c.CacheManager(public).prune) == []
+    assert data.exists()
+
+
+@pytest.mark.root
+def test_prune_does_not_tell_of_a_tree_that_stayed(
+    publish: Publish, public: Path, as_nobody: Any
+) -> None:
+    """Its owner made it read-only."""
+    uri = publish(b"x", key="tree/a").removesuffix("a")
+    tree = s3c.get_local_path_for_resource(uri, cache_dir=public).path
+    for path in public.rglob("*"):
+        os.chown(path, NOBODY, NOBODY)
+        os.utime(path, (1, 1))
+    tree.chmod(0o555)
+    with pytest.raises(s3c.CacheError, match="Not permitted"):
+        as_nobody(lambda: s3c.CacheManager(public).prune(1))
 
 
 def test_clear_leaves_what_is_not_ours(hold: Any, manager: Any, cache: Path) -> None:
