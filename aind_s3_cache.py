@@ -3376,9 +3376,9 @@ class _Store:
         """Make a directory of ours and what it needs above it."""
         self._found = False  # a peer may have cleared the cache
         if not self.exists():
-            os.makedirs(self.cache_dir, exist_ok=True)
-            try:
-                os.mkdir(self.root, 0o700 if _others_write(self.cache_dir) else 0o777)
+            os.makedirs(os.path.dirname(self.root), exist_ok=True)
+            try:  # open to everybody, as with umask 0, it would not be taken for ours
+                os.mkdir(self.root, 0o700 if _others_write(self.cache_dir) else 0o775)
             except FileExistsError:
                 if not self.exists():
                     raise

@@ -134,6 +134,18 @@ def test_modes_follow_the_umask(
 
 
 @posix
+@pytest.mark.parametrize("folder", [".cache", ".cache/aind-s3-cache"])
+def test_a_umask_of_zero_makes_no_second_cache(
+    folder: str, umask: Any, publish: Publish, home: Path
+) -> None:
+    (home / ".cache").mkdir()
+    umask(0)
+    get = partial(s3c.get_local_path_for_resource, publish(b"x"))
+    path = get(cache_dir=home / folder).path
+    assert get().path == get(cache_dir=s3c.CacheManager().dir).path == path
+
+
+@posix
 @pytest.mark.boto3
 @pytest.mark.parametrize("size", [10, 3 * MiB, 9 * MiB])
 def test_what_came_with_credentials_is_its_owners_alone(
