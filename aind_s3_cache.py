@@ -171,7 +171,7 @@ if TYPE_CHECKING:
     from io import FileIO
     from pathlib import Path, PurePath
     from socket import socket as Socket
-    from typing import Any, Protocol, TypeVar, Union
+    from typing import Any, BinaryIO, Protocol, TypeVar, Union
 
     T = TypeVar("T")
     E = TypeVar("E", bound="S3CacheError")
@@ -2505,7 +2505,7 @@ class _Signed(_S3):
         return _Signed(self.client, self.bucket, key, None, self.own)
 
 
-def _close(file: int | FileIO) -> None:
+def _close(file: int | BinaryIO) -> None:
     """Close what was only read, is given up or synchronized: an error then has nothing to say."""
     try:
         os.close(file) if isinstance(file, int) else file.close()
@@ -3649,18 +3649,16 @@ class _Spool:
         _unlink(self._path)
 
 
-def _parse_log(data: bytes, count: int) -> dict[int, bytes]:
-    """Return chunk -> CRC32 of a log; torn and foreign lines are skipped."""
-    found: dict[int, bytes] = {}
-    for line in data[: data.rfind(b"\n") + 1].splitlines():
+def _parse_log(lines: Iterable[bytes], count: int) -> Iterator[tuple[int, bytes]]:
+    """Yield chunk and CRC32 of the lines of a log; torn and foreign ones are skipped."""
+    for line in lines:
         index, _, crc = line.partition(b" ")
         try:
             at = int(index, 16)
-            if len(crc) == 8 and 0 <= at < count:
-                found[at] = bytes.fromhex(crc.decode())
+            if len(crc) == 9 and 0 <= at < count:  # with its line feed
+                yield at, bytes.fromhex(crc.decode())
         except ValueError:
             pass
-    return found
 
 
 class _Partial:
@@ -3777,7 +3775,7 @@ class _Partial:
             self._claim(index, index + 1)
             return True
 
-    def _copy(self, file: FileIO, index: int, crc: bytes) -> int:
+    def _copy(self, file: BinaryIO, index: int, crc: bytes) -> int:
         """Copy a taken chunk if its checksum is right; whatever goes wrong, it is free again."""
         start, stop = self.chunk(index)
         try:
@@ -3801,12 +3799,12 @@ class _Partial:
         try:
             for ending in (".data", ".log"):
                 fd = os.open(path + ending, flags | getattr(os, "O_BINARY", 0))
-                files.append(open(fd, "rb", buffering=0))  # noqa: SIM115  closed below
+                files.append(open(fd, "rb"))  # noqa: SIM115  closed below
                 found = os.fstat(fd)
                 mine = found.st_uid == os.fstat(self.fd).st_uid  # as shown: mounts may map users
                 if not mine or not stat.S_ISREG(found.st_mode):
                     return 0
-            for index, crc in _parse_log(files[1].read(), self.count).items():
+            for index, crc in _parse_log(files[1], self.count):
                 # Taken first, read then: a worker may want the same chunk at this moment.
                 if self._take_one(index):
                     copied += self._copy(files[0], index, crc)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -304,6 +305,20 @@ def test_a_torn_log_costs_traffic_only(
     edit(with_log(leave(uri)), TORN[tear])
     assert get(uri).path.read_bytes() == DATA
     assert server.bytes_sent <= SIZE
+
+
+def test_a_log_of_any_length_takes_no_memory(cache: Path) -> None:
+    file = s3c._Partial(s3c._Store(str(cache)), "ident", "version", 1, False, True)
+    other = os.path.join(parts(cache), file.key + "other")
+    for ending, data in ((".data", b"x"), (".log", b"1 00000000\n" * 50_000)):
+        Path(other + ending).write_bytes(data)
+    tracemalloc.start()
+    try:
+        assert file.adopt() == 0
+        assert tracemalloc.get_traced_memory()[1] < 500_000  # all lines at once: 3 MB
+    finally:
+        tracemalloc.stop()
+        file.close()
 
 
 def _to_fifo(path: Path) -> None:
