@@ -3109,18 +3109,27 @@ def _validator(answer: _Answer) -> str:
     return "m" + modified.encode("latin-1").hex() if usable else ""
 
 
+def _owner(private: bool) -> str:
+    """Return whose an entry is as it stands in a name: ``o``, of all, or ``p`` and a uid."""
+    # Users who share a cache would else replace each other's private entries.
+    uid = os.geteuid() if hasattr(os, "geteuid") else 0
+    return f"p{uid:x}" if private else "o"
+
+
 class _Entry:
     """One published object, as its name and lstat tell."""
 
     __slots__ = (
-        "crc", "etag", "held", "modified", "name", "path", "private", "size", "stamp", "tail",
-        "validator",
+        "crc", "etag", "held", "modified", "name", "owner", "path", "private", "size",
+        "stamp", "tail", "validator",
     )  # fmt: skip
 
     def __init__(self, path: str) -> None:
         self.path, self.name = path, path.rpartition(os.sep)[2]
-        _, access, size, crc, self.tail = self.name.split("_", 4)
-        self.private, self.validator = access[0] == "p", access[1:]
+        _, tag, size, crc, self.tail = self.name.split("_", 4)
+        self.validator = tag.lstrip("op0123456789abcdef")  # its first letter is none of these
+        self.owner = tag[: -len(self.validator)]
+        self.private = self.owner[0] == "p"
         self.size, self.crc = int(size, 16), crc
         self.stamp, self.held = 0.0, -1
         self.etag: str | None = None
@@ -3418,7 +3427,9 @@ class _Store:
         good = []
         for name in names:
             entry = _parse_entry(directory + os.sep + name) if name.startswith(ident) else None
-            if entry and (private or not entry.private) and entry.check():
+            if entry and entry.private and not (private and os.access(entry.path, os.R_OK)):
+                continue  # not for this caller, or of another user
+            if entry and entry.check():
                 good.append(entry)
         return sorted(good, key=self.validated, reverse=True) if good[1:] else good
 
@@ -3459,7 +3470,7 @@ class _Store:
     def name(
         self, ident: str, private: bool, validator: str, size: int, crc: str, name: str
     ) -> str:
-        head = f"{ident}_{'p' if private else 'o'}{validator}_{size:x}_{crc}_"
+        head = f"{ident}_{_owner(private)}{validator}_{size:x}_{crc}_"
         return head + _tail(name, _NAME_LIMIT - len(head))
 
     def add(self, ident: str, name: str, data: memoryview, private: bool) -> str:
@@ -4127,12 +4138,12 @@ class _Keeper(_Store):
 
     def _shard(self, shard: str) -> list[_Unit]:
         """Return the objects of a shard; of each the one validated last supersedes the others."""
-        # Private and public copies of an object are versions of their own.
+        # Public and each user's private copies of an object are versions of their own.
         found: dict[str, list[tuple[float, _Entry]]] = {}
         for path in _list(shard):
             entry = _parse_entry(path)
             if entry and (entry.check() or entry.held >= 0):
-                group = found.setdefault(entry.name[:21] + ("p" if entry.private else "o"), [])
+                group = found.setdefault(entry.name[:21] + entry.owner, [])
                 group.append((self.validated(entry), entry))
         units = []
         for group in found.values():
@@ -5526,7 +5537,7 @@ class _Fetch:
     ) -> tuple[str, bool]:
         """Copy what peers and the dead left of this very version, fetch the rest, publish."""
         source, total, validator = self.source, answer.total or 0, _validator(answer)
-        version = _digest(validator, str(total), str(_CHUNK), str(source.private))[:16]
+        version = _digest(validator, str(total), str(_CHUNK), _owner(source.private))[:16]
         file = _Partial(self.store, self.ident, version, total, source.private, alone)
         hashes: list[tuple[_Behind, bytes, str]] = []
         try:
@@ -5838,6 +5849,7 @@ class _Tree:
                 raise _disk_error(error, self.store.trees) from None
             return []  # the server knows
         held = [p for p in paths if os.path.basename(p).startswith(starts)]
+        held = [path for path in held if os.access(path, os.R_OK)]  # another user's is not
         stamped = ((_newest(path, _sidecar(path, "v")), path) for path in held)
         return sorted(stamped, reverse=True)
 
@@ -5893,8 +5905,8 @@ class _Tree:
         # The listing is the identity of the snapshot: an unchanged one finds its directory.
         versions = (f"{key.etag or key.modified}\0{key.size}" for key in keys)
         lines = (f"{name}\0{version}" for name, version in zip(names, versions))
-        access = "p" if self.source.private else "o"
-        head = f"{self.id}_{access}{_digest(*lines)[:16]}_{len(keys):x}_{size:x}_"
+        owner = _owner(self.source.private)
+        head = f"{self.id}_{owner[0]}{_digest(owner, *lines)[:16]}_{len(keys):x}_{size:x}_"
         tail = _tail(self.source.name, _NAME_LIMIT - len(head))
         path = os.path.join(self.store.trees, head + tail)
         # Who waits for another thread's finds it whole.

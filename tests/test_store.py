@@ -179,6 +179,24 @@ def test_a_group_can_share_a_cache(
 
 @posix
 @pytest.mark.root
+@pytest.mark.parametrize(("key", "size"), [("tree/k", 10), ("tree/k", 9 * MiB), ("tree/", 10)])
+def test_each_user_of_a_shared_cache_has_private_entries_of_their_own(
+    key: str, size: int, umask: Any, public: Path, server: Server, as_nobody: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:password@127.0.0.1:{server.port}")
+    os.chown(public, 0, NOBODY)
+    public.chmod(0o2775)
+    umask(0o002)
+    server.put("b", "tree/k", blob(size))
+    get = partial(s3c.get_local_path_for_resource, f"s3://b/{key}", cache_dir=public)
+    ours, theirs, again = get(), as_nobody(get), as_nobody(get)
+    assert (theirs.status, again.status, again.path) == ("downloaded", "revalidated", theirs.path)
+    assert (ours.path.stat().st_uid, theirs.path.stat().st_uid) == (0, NOBODY)
+    assert not [entry for entry in s3c.CacheManager(public).entries() if entry.superseded]
+
+
+@posix
+@pytest.mark.root
 def test_a_colleagues_validation_counts_for_max_age(
     umask: Any, public: Path, publish: Publish, as_nobody: AsNobody
 ) -> None:
