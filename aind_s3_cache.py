@@ -6068,7 +6068,8 @@ def _cached(source: _Source, opt: _Options, look: _Look | None) -> LocalizedReso
                 held = store.find(ident, source.private)
             return _Fetch(source, opt, look).run(held)
     except TransferError as error:
-        last = held or entries  # private ones, too, as without asking
+        # Private ones, too, as without asking; a peer may have pruned some meanwhile.
+        last = [entry for entry in held or entries if entry.check()]
         if not last and _may_be_tree(source):
             return _Tree(source, opt).stale(error)
         if not last or not _may_be_stale(opt, error):

@@ -577,6 +577,16 @@ def test_stale_if_error_without_a_copy_is_the_error(
     assert caught.value.status == 503
 
 
+def test_a_copy_that_a_peer_prunes_while_the_server_fails_is_no_stale_copy(
+    server: Server, publish: Publish, get: Getter, quick: None
+) -> None:
+    uri = publish(b"data")
+    path = get(uri).path
+    server.before = lambda _: path.unlink(missing_ok=True) or (503,)
+    with pytest.raises(s3c.TransferError):
+        get(uri, stale_if_error=True)
+
+
 def test_a_server_that_recovers_within_the_retries_is_not_stale(
     server: Server, publish: Publish, get: Getter, quick: None
 ) -> None:
