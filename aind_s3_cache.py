@@ -5561,8 +5561,8 @@ class _Fetch:
             name = self._name(validator, total, _checksum(file.crcs))
             return file.publish(self.store.shard(self.ident), name), False
         except BaseException as error:
-            # What we do not know, a signal handler raised: the program ends, or its time is up.
-            ours = isinstance(error, (S3CacheError, _Changed, _AskPlainly, _Theirs))
+            # What a signal handler or the caller's progress raised says nothing against the bytes.
+            ours = isinstance(error, (S3CacheError, _Changed, _AskPlainly))
             if (ours and not isinstance(error, TransferError)) or 2 not in file.state:
                 file.discard()
             raise

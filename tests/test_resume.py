@@ -447,14 +447,16 @@ def stand_still(cache: Path) -> None:
         os.utime(path, (at, at))
 
 
-def interrupt_at(size: int) -> Callable[[int], None]:
+def interrupt_at(
+    size: int, error: type[BaseException] = KeyboardInterrupt
+) -> Callable[[int], None]:
     """Return a progress function that breaks a download off."""
     counts: list[int] = []
 
     def progress(count: int) -> None:
         counts.append(count)
         if sum(counts) >= size:
-            raise KeyboardInterrupt
+            raise error
 
     return progress
 
@@ -589,7 +591,22 @@ def _fail(_: int) -> None:
     raise Odd
 
 
-def test_a_callback_that_fails_leaves_nothing(publish: Publish, get: Get, cache: Path) -> None:
+def test_a_callback_that_cancels_keeps_the_partial_file(
+    server: Server, publish: Publish, get: Get, cache: Path
+) -> None:
+    uri = publish(DATA)
+    with pytest.raises(Odd):
+        get(uri, max_concurrency=2, progress=interrupt_at(SIZE // 2, Odd))
+    kept = logged(cache)
+    assert kept > 0
+    start_counting(server)
+    assert get(uri).path.read_bytes() == DATA
+    assert server.bytes_sent <= SIZE - kept + 8 * MiB
+
+
+def test_a_callback_that_fails_at_once_leaves_nothing(
+    publish: Publish, get: Get, cache: Path
+) -> None:
     with pytest.raises(Odd):
         get(publish(DATA), progress=_fail)
     assert list(parts(cache).iterdir()) == []
