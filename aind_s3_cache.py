@@ -4771,7 +4771,10 @@ class _Bar(_Meter):
         self._done = self._total = 0
         self._began = time.monotonic()
         self._drawn = 0.0
-        self._shown = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+        try:
+            self._shown = sys.stderr.isatty()
+        except (AttributeError, ValueError):  # there is none, or it is closed
+            self._shown = False
 
     def expect(self, size: int) -> None:
         with self._lock:
@@ -4784,6 +4787,13 @@ class _Bar(_Meter):
             self._drawn = now
             self._draw(now)
 
+    def _write(self, text: str) -> None:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except (OSError, ValueError):  # the terminal is gone, or closed: the download goes on
+            self._shown = False
+
     def _draw(self, now: float) -> None:
         rate = self._done / max(now - self._began, 0.001)
         line = f"{_human(self._done)} at {_human(rate)}/s"
@@ -4792,13 +4802,12 @@ class _Bar(_Meter):
             line += (
                 f", {100 * self._done // self._total} % of {_human(self._total)}, {left:.0f} s left"
             )
-        sys.stderr.write(f"\r\x1b[K{line}")
-        sys.stderr.flush()
+        self._write(f"\r\x1b[K{line}")
 
     def close(self) -> None:
         if self._drawn:
             self._draw(time.monotonic())
-            sys.stderr.write("\n")
+            self._write("\n")
 
 
 def _meter(progress: Progress) -> _Meter:

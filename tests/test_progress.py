@@ -134,25 +134,6 @@ print("done")
 """
 
 
-@pytest.fixture
-def on_terminal(prelude: str) -> Callable[..., str]:
-    """`on_terminal(cache, *uris)`: what a process writes to a terminal that is its stderr."""
-    pty = pytest.importorskip("pty", exc_type=ImportError)
-
-    def on_terminal(*args: object, command: list[str] | None = None) -> str:
-        code = prelude + FETCH.replace("SUBJECT", subject_name)
-        command = [*(command or [sys.executable, "-c", code]), *map(str, args)]
-        ours, theirs = pty.openpty()
-        with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL) as child:
-            os.close(theirs)
-            written = read_terminal(ours)
-        os.close(ours)
-        assert child.returncode == 0, written
-        return written
-
-    return on_terminal
-
-
 def read_terminal(fd: int) -> str:
     """Read until the other side is closed, which Linux says with an error."""
     pieces, give_up = [], time.monotonic() + 20
@@ -166,6 +147,32 @@ def read_terminal(fd: int) -> str:
                 break
             pieces.append(piece)
     return b"".join(pieces).decode()
+
+
+@pytest.fixture
+def on_terminal(prelude: str) -> Callable[..., str]:
+    """`on_terminal(cache, *uris)`: what a process writes to a terminal that is its stderr.
+
+    It goes away when `read` returns, and the process still has to end well.
+    """
+    pty = pytest.importorskip("pty", exc_type=ImportError)
+
+    def on_terminal(
+        *args: object,
+        command: list[str] | None = None,
+        read: Callable[[int], str] = read_terminal,
+    ) -> str:
+        code = prelude + FETCH.replace("SUBJECT", subject_name)
+        command = [*(command or [sys.executable, "-c", code]), *map(str, args)]
+        ours, theirs = pty.openpty()
+        with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL) as child:
+            os.close(theirs)
+            written = read(ours)
+            os.close(ours)
+        assert child.returncode == 0, written
+        return written
+
+    return on_terminal
 
 
 def last_line(shown: str) -> str:
@@ -247,6 +254,15 @@ def test_the_bar_is_no_wider_than_a_narrow_terminal(
     assert max(map(len, lines)) < 80
 
 
+def test_a_terminal_that_goes_away_ends_no_download(
+    server: Server, publish: Publish, cache: Path, on_terminal: Callable[..., str]
+) -> None:
+    server.rate = 8e6
+    uri = publish(bytes(4_000_000))
+    assert on_terminal(cache, uri, read=lambda fd: os.read(fd, 1).decode()) == "\r"
+    assert get(uri, cache).status == "revalidated"
+
+
 @pytest.mark.parametrize(("quiet", "shown"), [([], True), (["-q"], False)], ids=repr)
 def test_the_command_line_has_a_bar_unless_quiet(
     server: Server,
@@ -275,6 +291,13 @@ def test_a_process_without_stderr_downloads_all_the_same(
     """`pythonw` on Windows has None there."""
     uri = publish(bytes(1_000_000))
     done = run_python("import sys; sys.stderr = None\n" + FETCH, cache, uri)
+    assert done.stdout == "done\n"
+
+
+def test_a_process_that_has_closed_its_stderr_downloads_all_the_same(
+    publish: Publish, cache: Path, run_python: Run
+) -> None:
+    done = run_python("import sys; sys.stderr.close()\n" + FETCH, cache, publish(b"data"))
     assert done.stdout == "done\n"
 
 
