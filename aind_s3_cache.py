@@ -6652,8 +6652,11 @@ def _record(value: _Record) -> dict[str, Any]:
 
 def _say(text: str) -> None:
     """Print a line on stderr; nothing where that is closed, for ``print`` would take stdout."""
-    if sys.stderr:
-        print(text, file=sys.stderr)
+    try:
+        if sys.stderr:
+            print(text, file=sys.stderr)
+    except OSError:  # nobody reads it: stdout and the exit code say what there is to say
+        pass
 
 
 def _is_known(error: Exception) -> bool:

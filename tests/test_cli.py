@@ -610,6 +610,17 @@ def test_nothing_but_data_comes_on_stdout_where_stderr_is_closed(verb: str) -> N
     assert subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE).stdout == b""
 
 
+@posix_only
+def test_an_error_that_nobody_reads_is_one_all_the_same_and_ends_no_list(publish: Publish) -> None:
+    command = [sys.executable, str(SUBJECT_FILE), "get", f"s3://{BUCKET}/no", publish(b"data")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, text=True)
+    os.close(writer)
+    assert done.returncode == 1
+    assert Path(done.stdout.strip()).read_bytes() == b"data"
+
+
 def interrupt(server: Server, args: list[object], after: int = 1) -> tuple[int, str, str, float]:
     """Send Ctrl-C to a run once the server has sent so many bytes: code, out, err, seconds."""
     command = [sys.executable, str(SUBJECT_FILE), *map(str, args)]
