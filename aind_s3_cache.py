@@ -6611,10 +6611,10 @@ def _quantity(text: str, units: dict[str, Any]) -> float:
     """Parse a number with a unit, such as 10GB or 30d."""
     number = text.strip().lower().rstrip("abcdefghijklmnopqrstuvwxyz")
     unit = text.strip().lower()[len(number) :]
-    value = float(number)
-    if unit not in units or not 0 <= value < float("inf"):
+    value = float(number) * float(units.get(unit, "nan"))
+    if not 0 <= value < float("inf"):  # nor nan, as of an unknown unit
         raise ValueError(text)
-    return value * float(units[unit])
+    return value
 
 
 def _size_arg(text: str) -> int:

@@ -371,6 +371,8 @@ def test_prune_spares_what_was_just_used(three: list[str], run: Callable[..., Sa
         ["--max-size", "-5"],
         ["--max-size", "10 bananas"],
         ["--max-size", "inf"],
+        ["--max-size", "1e308TB"],
+        ["--max-age", "1e308y"],
     ],
     ids=str,
 )
