@@ -5159,11 +5159,11 @@ class _Download:
         file: _Partial,
         opt: _Options,
         first: bool,
-        progress: Callable[[int], object],
+        tally: _Tally,
     ) -> None:
         assert answer.etag is not None
         assert answer.total is not None
-        self.source, self.file, self.opt, self.progress = source, file, opt, progress
+        self.source, self.file, self.opt, self.tally = source, file, opt, tally
         self.etag, self.total = answer.etag, answer.total
         self.first: _Answer | None = answer if first else None
         self.switch = _Stop(opt.switch)
@@ -5184,7 +5184,7 @@ class _Download:
 
     def count(self, size: int) -> None:
         self.received += size
-        self.progress(size)
+        self.tally(size)
 
     def work(self) -> None:
         """Fetch runs of chunks until none is free: what one worker does."""
@@ -5234,7 +5234,7 @@ class _Download:
                 return 0
             now = time.monotonic()
             if now - scanned > pause and self.file.shared:
-                self.file.adopt()
+                self.tally.expect(-self.file.adopt())
                 scanned = time.monotonic()
                 pause = max(1.0, 20 * (scanned - now))  # the logs of a TiB have millions of lines
                 entry = found()
@@ -5553,6 +5553,7 @@ class _Fetch:
             if first:
                 file.take_first(answer.stop or 0)
             copied = 0 if self.doubted else file.adopt()
+            self.tally.expect(-copied)
             _log(_DEBUG, "downloading %s: %d bytes, %d found", source.uri, total, copied)
             for name, promised in _digests(source, answer):
                 behind = _Behind(file, name)

@@ -254,6 +254,22 @@ def test_the_bar_is_no_wider_than_a_narrow_terminal(
     assert max(map(len, lines)) < 80
 
 
+def test_the_bar_of_a_resumed_download_expects_only_what_is_still_to_come(
+    publish: Publish, cache: Path, on_terminal: Callable[..., str]
+) -> None:
+    uri, got = publish(os.urandom(20 * MiB)), [0]
+
+    def interrupt(size: int) -> None:
+        got[0] += size
+        if got[0] > 16 * MiB:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        get(uri, cache, progress=interrupt)
+    shown = last_line(on_terminal(cache, uri))
+    assert re.fullmatch(r"1?\d\.\d MB at \S+ [kMG]?B/s", shown), shown
+
+
 def test_a_terminal_that_goes_away_ends_no_download(
     server: Server, publish: Publish, cache: Path, on_terminal: Callable[..., str]
 ) -> None:
