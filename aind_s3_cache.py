@@ -3539,9 +3539,9 @@ def _unmask(error: BaseException) -> None:
 
 
 def _start_thread(work: Callable[[], None]) -> threading.Thread | None:
-    """Start a daemon thread; None if there can be none: at interpreter exit, or out of threads."""
-    thread = threading.Thread(target=work, daemon=True)
+    """Start a daemon thread; None where none starts: at exit, out of them, in a subinterpreter."""
     try:
+        thread = threading.Thread(target=work, daemon=True)
         thread.start()
     except RuntimeError as error:
         _unmask(error)  # it waits until the thread has started

@@ -621,6 +621,32 @@ def test_a_user_who_may_start_no_threads(
     assert [r.path.read_bytes() for r in results] == [data, b"x", b"y"]
 
 
+WITHIN = """
+import sys; sys.path, (cache, *uris) = PATH_AND_ARGS
+import SUBJECT as s3c
+for asked in uris, iter(uris):
+    print(*(r.size for r in s3c.get_local_paths_for_resources(asked, cache_dir=cache)), flush=True)
+    s3c.CacheManager(cache).clear()
+"""
+
+SUBINTERPRETER = f"""
+import _interpreters, sys
+code = {WITHIN!r}.replace("PATH_AND_ARGS", repr((sys.path, sys.argv[1:])))
+print(_interpreters.run_string(_interpreters.create(), code))  # its error, or None
+"""
+
+
+def test_a_subinterpreter_that_may_start_no_daemon_threads(
+    publish: Publish, run_python: Run, cache: Path
+) -> None:
+    """As those of `concurrent.futures.InterpreterPoolExecutor`."""
+    pytest.importorskip("_interpreters")  # in 3.12 they cannot parse a listing's XML
+    publish(b"x", key="tree/a")
+    uris = [publish(blob(12 * MiB)), publish(b"y", key="tree/b").rpartition("b")[0]]
+    done = run_python(SUBINTERPRETER, cache, *uris)
+    assert done.stdout == f"{12 * MiB} 2\n" * 2 + "None\n"
+
+
 @posix
 def test_a_deleted_working_directory(
     publish: Publish, run_python: Run, cache: Path, tmp_path: Path
