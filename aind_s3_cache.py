@@ -6669,6 +6669,8 @@ def _is_known(error: Exception) -> bool:
 def _do_get(args: Any) -> int:
     uris: Iterable[str] = args.uris
     if args.uris == ["-"]:
+        if not sys.stdin:
+            raise ValueError("Standard input is closed")
         uris = (line.strip() for line in sys.stdin if line.strip())
     results = get_local_paths_for_resources(
         uris,

@@ -110,6 +110,14 @@ def test_get_takes_an_empty_list(cli: Run) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@posix_only
+def test_get_says_that_there_is_no_standard_input() -> None:
+    command = f"'{sys.executable}' '{SUBJECT_FILE}' get - <&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "aind-s3-cache: Standard input is closed\n"
+
+
 def test_get_uses_as_many_connections_as_it_is_told(
     server: Server, publish: Publish, run: Callable[..., Said]
 ) -> None:
