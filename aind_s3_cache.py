@@ -6705,8 +6705,10 @@ def _do_json(args: Any) -> int:
             part = part[int(step)] if isinstance(part, list) else part[step]
         except (KeyError, IndexError, ValueError, TypeError):
             raise ValueError(f"No {step!r} on the way to {args.path!r}") from None
-    plain = isinstance(part, str) and args.path and not args.json
-    print(part if plain else json.dumps(part, indent=None if args.json else 2))
+    if isinstance(part, str) and args.path and not args.json:
+        print(part.encode("utf-8", "backslashreplace").decode("utf-8"))  # a lone surrogate
+    else:
+        print(json.dumps(part, indent=None if args.json else 2))
     return 0
 
 

@@ -248,6 +248,11 @@ def test_json_json_is_one_line(document: str, run: Callable[..., Said]) -> None:
     assert json.loads(run("json", "--json", document, "subject.name").out) == "Ünï"
 
 
+def test_json_prints_a_lone_surrogate_as_the_document_has_it(publish: Publish, cli: Run) -> None:
+    done = cli("json", publish({"name": "Ünï \ud800"}), "name")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Ünï \\ud800\n", "")
+
+
 def test_json_prints_unicode_to_a_terminal_that_cannot(document: str, cli: Run) -> None:
     for path in ([], ["subject.name"]):
         done = cli("json", document, *path, env={"PYTHONIOENCODING": "ascii"})
