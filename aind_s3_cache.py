@@ -5632,7 +5632,10 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for
 
 def _unsafe(part: str) -> bool:
     """Tell whether a part of a key cannot be a file name here."""
-    if part in ("", ".", "..") or "\0" in part or len(os.fsencode(part)) > 255:
+    try:
+        if part in ("", ".", "..") or "\0" in part or len(os.fsencode(part)) > 255:
+            return True
+    except UnicodeEncodeError:  # where the locale is ASCII
         return True
     if os.name == "nt":
         stem = part.partition(".")[0].rstrip().lower()

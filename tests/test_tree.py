@@ -738,6 +738,25 @@ def test_a_key_that_is_no_path_is_refused_by_name_before_anything_is_written(
     assert not cache.exists() or contents(cache) == {}
 
 
+WITH_ASCII = """
+import SUBJECT as s3c, sys
+print(sys.getfilesystemencoding())
+try: s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2])
+except s3c.CacheError as error: print(ascii(error))
+"""
+
+
+def test_a_key_that_the_locale_cannot_encode_is_refused_by_name(
+    put_tree: Get, run_python: Run, cache: Path
+) -> None:
+    put_tree({"日本": b"x"})
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    encoding, *said = run_python(WITH_ASCII, TREE, cache, env=env).stdout.splitlines()
+    if encoding == "utf-8":
+        pytest.skip("file names are UTF-8 here in any locale")
+    assert f"Cannot be a file name: 'data.zarr/{ascii('日本')[1:-1]}'" in said[0]
+
+
 @pytest.fixture
 def folding(cache: Path) -> Path:
     """A cache that finds its tag under either spelling, as where `A` is taken for `a`."""
