@@ -1626,13 +1626,18 @@ def _proxy(origin: Origin) -> _Place | None:
 
 
 def _is_of_handler(error: Exception) -> bool:
-    """Tell whether a caller's signal handler raised this: a limit of time, no fault of a socket."""
-    handlers = map(_signal.getsignal, range(1, _signal.NSIG))
-    codes = {getattr(handler, "__code__", None) for handler in handlers}
+    """Tell whether a caller's signal handler raised this: a limit of time, no fault of a socket.
+
+    A handler is known by what it alone is given: the frame that it interrupts, which called it.
+    """
     trace = error.__traceback__
-    while trace and trace.tb_frame.f_code not in codes:
-        trace = trace.tb_next
-    return trace is not None
+    while trace and trace.tb_next:
+        interrupted, trace = trace.tb_frame, trace.tb_next
+        for value in trace.tb_frame.f_locals.values():
+            given = value if isinstance(value, tuple) else (value,)  # *args is a tuple
+            if any(item is interrupted for item in given):
+                return True
+    return False
 
 
 def _dial(origin: Origin, deadline: float) -> Socket:

@@ -1001,6 +1001,29 @@ def test_a_limit_of_time_that_a_signal_sets_is_none_of_the_networks(
     assert done.stdout == "TimeoutError the caller's\n"
 
 
+LATE_BY = """
+import SUBJECT as s3c, functools, signal, sys
+def late(*_): raise TimeoutError("the caller's")
+class Late: __call__ = late
+def once(*_):
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    late()
+for handler in (functools.partial(late, "more"), Late(), once):
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try: s3c.get_json(sys.argv[1])
+    except BaseException as error: print(type(error).__name__, error)
+"""
+
+
+@posix
+def test_what_sets_a_limit_of_time_may_be_anything_that_can_be_called(
+    server: Server, publish: Publish, run_python: Run
+) -> None:
+    server.always(raw=[STALL])
+    assert run_python(LATE_BY, publish("{}")).stdout == "TimeoutError the caller's\n" * 3
+
+
 @posix
 def test_ctrl_c_ends_a_handshake_that_hangs(
     tls_server: Server, publish: Publish, prelude: str, cache: Path
