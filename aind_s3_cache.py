@@ -1329,6 +1329,21 @@ def _shut_down(sock: Socket) -> None:
         pass
 
 
+def _is_of_handler(error: Exception) -> bool:
+    """Tell whether a caller's signal handler raised this: a limit of time, no fault of a socket.
+
+    A handler is known by what it alone is given: the frame that it interrupts, which called it.
+    """
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        interrupted, trace = trace.tb_frame, trace.tb_next
+        for value in trace.tb_frame.f_locals.values():
+            given = value if isinstance(value, tuple) else (value,)  # *args is a tuple
+            if any(item is interrupted for item in given):
+                return True
+    return False
+
+
 class _Connection:
     """One socket, what was read of it too far, and the pool's notes about it."""
 
@@ -1384,6 +1399,8 @@ class _Connection:
             if type(error).__name__ == "SSLWantReadError":  # a session ticket, and nothing else
                 sock.settimeout(_STALL_TIMEOUT)
                 return False
+            if _is_of_handler(error):
+                raise
         return True
 
     def receive(self, deadline: float) -> bytes:
@@ -1450,8 +1467,9 @@ class _Connection:
                 if not more:
                     break
                 size, now = size + more, time.monotonic()
-        except OSError:  # what came is good; the next call meets the error again
-            pass
+        except OSError as error:  # what came is good; the next call meets the error again
+            if _is_of_handler(error):
+                raise
         finally:
             self.sock.settimeout(_STALL_TIMEOUT)
         return size, now
@@ -1623,21 +1641,6 @@ def _proxy(origin: Origin) -> _Place | None:
     if place.origin[0] != "http":
         raise TransferError(f"Unsupported proxy: {place}", hint="Use an http:// proxy")
     return place
-
-
-def _is_of_handler(error: Exception) -> bool:
-    """Tell whether a caller's signal handler raised this: a limit of time, no fault of a socket.
-
-    A handler is known by what it alone is given: the frame that it interrupts, which called it.
-    """
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        interrupted, trace = trace.tb_frame, trace.tb_next
-        for value in trace.tb_frame.f_locals.values():
-            given = value if isinstance(value, tuple) else (value,)  # *args is a tuple
-            if any(item is interrupted for item in given):
-                return True
-    return False
 
 
 def _dial(origin: Origin, deadline: float) -> Socket:

@@ -1001,6 +1001,15 @@ def test_a_limit_of_time_that_a_signal_sets_is_none_of_the_networks(
     assert done.stdout == "TimeoutError the caller's\n"
 
 
+@posix
+def test_a_limit_of_time_is_kept_amid_a_slow_answer_over_tls(
+    tls_server: Server, publish: Publish, run_python: Run, cache: Path
+) -> None:
+    """Broken variant: what TLS gives within 20 ms is gathered, whatever ends that."""
+    uri, tls_server.rate = publish(random(100_000)), 50_000
+    assert run_python(LATE, cache, uri).stdout == "TimeoutError the caller's\n"
+
+
 LATE_BY = """
 import SUBJECT as s3c, functools, signal, sys
 def late(*_): raise TimeoutError("the caller's")
