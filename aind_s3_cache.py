@@ -3061,7 +3061,8 @@ class _Disk:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, S3CacheError):
+        ours = isinstance(error, S3CacheError)
+        if isinstance(error, OSError) and not ours and not _is_of_handler(error):
             raise _disk_error(error, self._path, self._need) from None
 
 
@@ -3828,7 +3829,7 @@ class _Partial:
                 if self._take_one(index):
                     copied += self._copy(files[0], index, crc)
         except OSError as error:
-            if isinstance(error, S3CacheError):
+            if isinstance(error, S3CacheError) or _is_of_handler(error):
                 raise
         finally:
             for file in files:

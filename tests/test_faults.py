@@ -41,6 +41,7 @@ static int fails(const char *call, const char *path) { /* FAIL: "call part errno
     for (item = strtok_r(list, ";", &rest); item; item = strtok_r(0, ";", &rest))
         if (sscanf(item, "%31s %63s %d", name, part, &number) == 3 && !strcmp(name, call)
             && strstr(path, part)) {
+            if (number == EINTR) raise(SIGALRM);
             errno = number;
             return 1;
         }
@@ -230,6 +231,23 @@ def test_what_matters_is_an_error_with_its_number(what: str, under: Any, cache: 
     fail, key, act, number = TOLD[what]
     assert under(fail, key, act) == f"CacheError {number}"
     assert [path for path in cache.rglob(".t*") if path.name[:2] == ".t"] == []
+
+
+LATE = """
+import signal
+def late(*_): raise TimeoutError("the caller's")
+signal.signal(signal.SIGALRM, late)
+def limited():
+    try: get()
+    except TimeoutError as error: return error
+!limited()"""
+
+
+def test_a_limit_of_time_amid_a_finished_download_keeps_it(under: Any, cache: Path) -> None:
+    """As the disk syncs it; and as the next call, which is as short of time, reads it again."""
+    for fail in ("fsync /partial/ 4", "read .data 4"):
+        assert under(fail, "large", LATE) == "the caller's"
+        assert [path.stat().st_size for path in cache.rglob("*.data")] == [len(LARGE)]
 
 
 def test_pruning_goes_by_another_clock_and_past_what_it_cannot_list(under: Any) -> None:
