@@ -2382,13 +2382,13 @@ class _Stream:
             raise
 
     def readinto(self, view: memoryview) -> int:
-        self._reading = True
+        self._reading, handled = True, sys.exc_info()[1]
         try:
             data = self._body.read(min(len(view), _CHUNK))  # if that breaks, all of it is lost
         except Exception as error:
             if self._switch:
                 self._switch.check()
-            raise self._source.translated(error) from None
+            raise self._source.translated(error, handled) from None
         finally:
             self._reading = False
             if self._closed:
@@ -2427,8 +2427,17 @@ class _Signed(_S3):
         self.signed = unsigned is None or version_of is not unsigned
         self.private = self.private or self.signed
 
-    def translated(self, error: Exception) -> Exception:
-        """Return the error of ours for one of botocore's; NoCredentialsError stays what it is."""
+    def translated(self, error: Exception, handled: BaseException | None) -> Exception:
+        """Return the error of ours for one of botocore's; NoCredentialsError stays what it is.
+
+        A signal handler's error is its caller's, though botocore and urllib3 wrap it; ``handled``
+        is what the caller was handling before, and so none of this call's.
+        """
+        cause: BaseException | None = error
+        while isinstance(cause, Exception) and cause is not handled:
+            if _is_of_handler(cause):
+                return cause
+            cause = cause.__context__
         said = getattr(error, "response", None)
         if isinstance(said, dict):
             meta = said.get("ResponseMetadata", {})
@@ -2451,6 +2460,7 @@ class _Signed(_S3):
         return error
 
     def _call(self, operation: str, **kwargs: object) -> Any:
+        handled = sys.exc_info()[1]
         try:
             _TURN.leave()
             _log(_DEBUG, "boto3 %s %s", operation, self.uri)
@@ -2458,7 +2468,7 @@ class _Signed(_S3):
                 **{name: value for name, value in kwargs.items() if value is not None}
             )
         except Exception as error:
-            translated = self.translated(error)
+            translated = self.translated(error, handled)
             if translated is error:
                 raise
             raise translated from None

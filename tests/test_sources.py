@@ -20,7 +20,7 @@ from typing import Any, Callable
 
 import pytest
 from conftest import BUCKET, Run, new_client
-from server import Server
+from server import STALL, Server
 from subject import s3c
 
 Get = Callable[..., Any]
@@ -265,6 +265,35 @@ def test_a_given_client_is_used(cloud: Cloud, get: Get) -> None:
     assert get(uri, s3_client=client).status == "revalidated"
     assert failing(get, uri + "-not", s3_client=client).code == "NoSuchKey"
     client.close()
+
+
+LATE = """
+import SUBJECT as s3c, signal, sys
+def late(*_): raise TimeoutError("the caller's")
+signal.signal(signal.SIGALRM, late)
+get = lambda uri: s3c.get_json(uri, anonymous=False)
+try: get("s3://aind-open-data/nothing")  # imports
+except s3c.NotFoundError: pass
+for uri in sys.argv[1:]:
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try: get(uri)
+    except TimeoutError as limit:
+        try: get("s3://aind-open-data/nothing")
+        except Exception as error: print(limit, type(error).__name__)
+"""
+
+
+@NEEDS_BOTO3
+@pytest.mark.usefixtures("keys")
+@pytest.mark.skipif(os.name != "posix", reason="such limits are of POSIX")
+def test_a_limit_of_time_that_a_signal_sets_is_kept_within_boto3(
+    server: Server, publish: Publish, run_python: Run
+) -> None:
+    """And it is no error of the next call, which is made as it is handled."""
+    uris = [publish("{}", key=key) for key in ("silent", "stalled")]
+    server.on_path("silent", raw=[STALL])
+    server.on_path("stalled", raw=[b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", STALL])
+    assert run_python(LATE, *uris).stdout == "the caller's NotFoundError\n" * 2
 
 
 @NEEDS_BOTO3
