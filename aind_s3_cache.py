@@ -1909,10 +1909,9 @@ class _Exchange:
                 if proxy:
                     _tunnel(sock, place, proxy, deadline)
                 sock.settimeout(max(0.001, deadline - time.monotonic()))
+                name = place.origin[1].removesuffix(".")  # no certificate has the root's dot
                 # Without close_notify a cut connection looks like an end: ragged ends are errors.
-                sock = context.wrap_socket(
-                    sock, server_hostname=place.origin[1], suppress_ragged_eofs=False
-                )
+                sock = context.wrap_socket(sock, server_hostname=name, suppress_ragged_eofs=False)
             sock.settimeout(_STALL_TIMEOUT)
         except BaseException:
             sock.close()

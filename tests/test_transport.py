@@ -281,6 +281,15 @@ def test_ssl_is_told_the_name_as_text(
     assert [name for name in names if name] == ["127.0.0.1"]  # the server's own has none
 
 
+def test_a_name_with_the_roots_dot_is_the_certificates_name(
+    tls_server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a cluster it spares a resolver its search list."""
+    resolving(monkeypatch, "127.0.0.1")
+    tls_server.say(200, b"x", etag='"e"')
+    assert get(f"https://localhost.:{tls_server.port}/a").size == 1
+
+
 def test_over_tls_they_share_it_too(tls_server: Server, publish: Publish, get: Get) -> None:
     assert_shared(tls_server, publish, get)
 
