@@ -834,6 +834,7 @@ def _place(url: str) -> _Place:
         name = name if name.isascii() else name.encode("idna").decode("ascii")
         number = int(port) if port else _PORTS[scheme]
         target = _quote((path or "/") + rest.partition("#")[0], _TARGET)
+        auth = _basic(userinfo) if at else None
     except ValueError:  # UnicodeError is one
         raise bad from None
     # Longer labels and empty ones are no DNS (RFC 1035, 2.3.4), and no text for a resolver.
@@ -841,7 +842,7 @@ def _place(url: str) -> _Place:
     whole = all(0 < len(label) < 64 for label in labels) and _HOST.issuperset(name)
     if not whole or not 0 < number < 65536:
         raise bad
-    return _Place((scheme, name.lower(), number), target, _basic(userinfo) if at else None)
+    return _Place((scheme, name.lower(), number), target, auth)
 
 
 def _is_region(name: str) -> bool:

@@ -66,6 +66,7 @@ BAD_URIS: list[tuple[Any, type[Exception], str]] = [
     ("http://host:port/", ValueError, "Not a valid URL"),
     ("http://user:secret@ho st/?token", ValueError, "Not a valid URL"),
     ("http://host/\ud800", ValueError, r"Not a valid URL: 'http://host/.*ud800'"),
+    ("http://us\ud800er:secret@host/", ValueError, "Not a valid URL: '…'$"),
     (b"s3://bucket/key", TypeError, "not bytes"),
     (None, TypeError, "NoneType"),
     (5, TypeError, "int"),
