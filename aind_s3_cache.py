@@ -778,6 +778,11 @@ def _check_key(key: str) -> None:
         raise ValueError(f"Not a valid S3 key: NUL in {key[:80]!r}")
 
 
+def _digits(text: str) -> int | None:
+    """Return a decimal number of plain ASCII digits, as RFC 9110 and URLs write them."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -832,7 +837,7 @@ def _place(url: str) -> _Place:
     name = name.strip("[]")
     try:
         name = name if name.isascii() else name.encode("idna").decode("ascii")
-        number = int(port) if port else _PORTS[scheme]
+        number = _digits(port) if port else _PORTS[scheme]
         target = _quote((path or "/") + rest.partition("#")[0], _TARGET)
         auth = _basic(userinfo) if at else None
     except ValueError:  # UnicodeError is one
@@ -840,7 +845,7 @@ def _place(url: str) -> _Place:
     # Longer labels and empty ones are no DNS (RFC 1035, 2.3.4), and no text for a resolver.
     labels = name.removesuffix(".").split(".")
     whole = all(0 < len(label) < 64 for label in labels) and _HOST.issuperset(name)
-    if not whole or not 0 < number < 65536:
+    if not whole or not number or number > 65535:
         raise bad
     return _Place((scheme, name.lower(), number), target, auth)
 
@@ -866,11 +871,6 @@ def _aws_place(bucket: str, key: str, region: str, query: str) -> _Place:
     host = f"{bucket}.{host}.{suffix}" if virtual else f"{host}.{suffix}"
     path = _quote(key) if virtual else f"{bucket}/{_quote(key)}"
     return _Place(("https", host, 443), f"/{path}{query}")
-
-
-def _digits(text: str) -> int | None:
-    """Return a decimal number of plain ASCII digits, as RFC 9110 writes sizes."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 def _content_length(headers: dict[str, str]) -> int | None:
