@@ -1673,29 +1673,21 @@ def _dial(origin: Origin, deadline: float) -> Socket:
     raise last
 
 
-def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None:
-    """Ask the proxy for a tunnel (RFC 9110, 9.3.6)."""
-    target, login = place.address, proxy.login("Proxy-Authorization")
-    sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{login}\r\n".encode("latin-1"))
-    sock.settimeout(_STALL_TIMEOUT)  # as `receive` expects
-    wire = _Connection(sock, (proxy.origin,))
-    status, _, _ = _parse_head(wire.until(b"\r\n\r\n", deadline))
-    if status != 200 or wire.data:
-        kind = _retry_kind(status, None)
-        raise TransferError(f"Proxy {proxy} refuses a tunnel", status=status, retry=kind)
-
-
 def _timed_out(error: Exception) -> bool:
     return isinstance(error, TimeoutError) or type(error).__name__ == "timeout"  # 3.9's
 
 
-def _wire_error(error: Exception, place: _Place, proxy: str = "") -> Exception:
-    """Return the error of ours for what went wrong on a socket: likely cause and next step."""
+def _wire_error(error: Exception, place: _Place, proxy: _Place | None = None) -> Exception:
+    """Return the error of ours for what went wrong on a socket: likely cause and next step.
+
+    It names the proxy whose socket it is, if any.
+    """
     import socket
 
     if isinstance(error, S3CacheError) or _is_of_handler(error):
         return error
-    where = proxy + place.address
+    kind, place = ("proxy ", proxy) if proxy else ("", place)
+    where = kind + place.address
     number = getattr(error, "errno", None)
     if any(cls.__name__ == "SSLError" for cls in type(error).__mro__):
         number = None  # it is OpenSSL's, whose 1 and 8 are no EPERM and ENOEXEC
@@ -1708,7 +1700,7 @@ def _wire_error(error: Exception, place: _Place, proxy: str = "") -> Exception:
     if isinstance(error, socket.gaierror):
         retry = "soon" if number == socket.EAI_AGAIN else "once"
         hint = hint or "Check the name, the endpoint and the network"
-        return make(f"Cannot resolve {proxy}{place.origin[1]}", retry=retry, hint=hint)
+        return make(f"Cannot resolve {kind}{place.origin[1]}", retry=retry, hint=hint)
     if number == errno.ECONNREFUSED and not proxy:
         make = partial(make, hint="Check the endpoint, and that its server runs")
     if _timed_out(error):
@@ -1719,6 +1711,23 @@ def _wire_error(error: Exception, place: _Place, proxy: str = "") -> Exception:
         return make(f"Cannot trust the certificate of {where}: {reason}", hint=hint)
     reason = os.strerror(number) if number and number > 0 and os.name == "posix" else str(error)
     return make(f"Connection to {where} failed: {_printable(reason)}", retry="soon")
+
+
+def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None:
+    """Ask the proxy for a tunnel (RFC 9110, 9.3.6)."""
+    target, login = place.address, proxy.login("Proxy-Authorization")
+    text = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{login}\r\n"
+    wire = _Connection(sock, (proxy.origin,))
+    try:
+        sock.sendall(text.encode("latin-1"))
+        sock.settimeout(_STALL_TIMEOUT)  # as `receive` expects
+        head = wire.until(b"\r\n\r\n", deadline)
+    except OSError as error:
+        raise _wire_error(error, place, proxy) from None
+    status, _, _ = _parse_head(head)
+    if status != 200 or wire.data:
+        kind = _retry_kind(status, None)
+        raise TransferError(f"Proxy {proxy} refuses a tunnel", status=status, retry=kind)
 
 
 class _Body:
@@ -1882,6 +1891,7 @@ class _Exchange:
     ) -> None:
         self.place, self.env, self.fields, self.method = place, env, fields, method
         self.switch = switch
+        self.proxy: _Place | None = None
         self.sent: _Connection | None = None  # where the request is on its way
 
     def _route(self) -> None:
@@ -1904,7 +1914,7 @@ class _Exchange:
         try:
             sock = _dial((proxy or place).origin, deadline)
         except OSError as error:
-            raise _wire_error(error, proxy or place, "proxy " if proxy else "") from None
+            raise _wire_error(error, place, proxy) from None
         try:
             if context:
                 if proxy:
@@ -2002,7 +2012,8 @@ class _Exchange:
         except (OSError, ValueError) as error:
             if self.switch:
                 self.switch.check()
-            raise _wire_error(error, self.place) from None
+            proxy = self.proxy if self.place.origin[0] == "http" else None  # else it is behind TLS
+            raise _wire_error(error, self.place, proxy) from None
 
 
 def _redirected(place: _Place, location: str) -> _Place:

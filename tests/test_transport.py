@@ -991,6 +991,23 @@ def test_a_proxy_that_is_down_is_named(
     assert (error.uri, "HTTPS_PROXY" in error.hint) == (url, True)
 
 
+@pytest.mark.usefixtures("no_retries")
+@pytest.mark.parametrize("url", ["http://far.example/a", "https://far.example/a"])
+@pytest.mark.parametrize(
+    ("end", "says"), [(CLOSE, "Connection to proxy {} failed"), (STALL, "waiting for proxy {}")]
+)
+def test_a_proxy_that_does_not_answer_is_named(
+    end: Any, says: str, url: str, other: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_CONNECT_TOTAL", "_HEAD_TIMEOUT"):
+        monkeypatch.setattr(s3c, name, 0.5)
+    monkeypatch.setenv("ALL_PROXY", other.url)
+    other.always(raw=[end])
+    error = failing(get, url)
+    assert says.format(f"127.0.0.1:{other.port}") in str(error)
+    assert (error.uri, "HTTPS_PROXY" in error.hint) == (url, True)
+
+
 def test_a_proxy_that_floods_instead_of_a_tunnel_ends(
     other: Server, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
