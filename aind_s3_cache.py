@@ -2253,9 +2253,11 @@ def _endpoint_place(endpoint: str) -> _Place:
 @lru_cache(maxsize=64)
 def _endpoint_id(endpoint: str) -> str:
     """Return what tells one world of buckets from another: AWS's partitions, or the endpoint."""
-    host = endpoint.partition("://")[2].partition("/")[0].lower()
+    host = endpoint.partition("://")[2].partition("/")[0].rpartition("@")[2].lower()
+    # Load balancers, EC2 and gateways have names of AWS's, too, and buckets of their own.
+    is_s3 = not {"s3", "s3-fips"}.isdisjoint(host.split("."))
     for suffix in ("amazonaws.com", *_PARTITIONS.values()):
-        if host.endswith("." + suffix):
+        if is_s3 and host.endswith("." + suffix):
             return suffix
     return endpoint.rstrip("/")
 

@@ -972,6 +972,28 @@ def test_endpoints_do_not_share_entries(
         assert "if-none-match" not in other.seen[0].headers
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("s3.us-east-1.amazonaws.com", "fresh"),
+        ("s3.dualstack.us-west-2.amazonaws.com", "fresh"),
+        ("s3-fips.us-west-2.amazonaws.com", "fresh"),
+        ("minio-1234.us-west-2.elb.amazonaws.com", "downloaded"),
+        ("ec2-192-0-2-1.us-west-2.compute.amazonaws.com", "downloaded"),
+        ("abc123.execute-api.us-west-2.amazonaws.com", "downloaded"),
+    ],
+)
+def test_only_s3_itself_shares_entries_among_the_hosts_of_amazon(
+    host: str, status: str, server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", server.url)  # which answers for every host
+    server.always(200, b"data", etag='"e"')
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3.us-west-2.amazonaws.com")
+    get("s3://data/key")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}")
+    assert get("s3://data/key", max_age=3600).status == status
+
+
 @pytest.mark.parametrize("end", ["x", "xa"])
 def test_a_directory_bucket_is_refused_unsigned(end: str, server: Server, get: Get) -> None:
     with pytest.raises(ValueError, match="anonymous=False"):
