@@ -2526,11 +2526,16 @@ class _Signed(_S3):
         page = self._call(
             "list_objects_v2", Bucket=self.bucket, Prefix=prefix, ContinuationToken=token
         )
-        found = page.get("Contents", ())
+        found, more = page.get("Contents", ()), page.get("IsTruncated")
+        following = page.get("NextContinuationToken") if more else None
+        # botocore takes any XML, and an empty page, for a listing in which everything is left out.
+        is_whole = following if more else found or more is False
+        if not is_whole or not all("Key" in k and "Size" in k for k in found):
+            raise TransferError("Unusable listing", uri=self.uri, retry="soon")
         keys = [
             _Key(k["Key"], k.get("ETag", ""), k["Size"], str(k.get("LastModified"))) for k in found
         ]
-        return keys, page.get("NextContinuationToken") if page.get("IsTruncated") else None
+        return keys, following
 
     def child(self, key: str) -> _S3:
         return _Signed(self.client, self.bucket, key, None, self.own)

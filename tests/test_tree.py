@@ -967,6 +967,28 @@ def test_a_private_tree_is_listed_and_fetched_signed(
         assert stat.S_IMODE(result.path.stat().st_mode) & 0o077 == 0
 
 
+PAGE = "<ListBucketResult><IsTruncated>{}</IsTruncated><Contents>{}</Contents></ListBucketResult>"
+NO_LISTINGS = {
+    "no token": PAGE.format("true", "<Key>data.zarr/0/0</Key><Size>9</Size>"),
+    "no size": PAGE.format("false", "<Key>data.zarr/0/0</Key>"),
+    "no key": PAGE.format("false", "<Size>9</Size>"),
+    "no XML": "",
+    "a portal": "<html><body>Log in</body></html>",
+}
+
+
+@pytest.mark.boto3
+@pytest.mark.usefixtures("keys", "quick")
+@pytest.mark.parametrize("page", NO_LISTINGS.values(), ids=NO_LISTINGS)
+def test_a_signed_listing_that_is_none_is_asked_for_again(
+    server: Server, put_tree: Get, get: Get, page: str
+) -> None:
+    put_tree()
+    server.on_path("list-type", 200, page.encode(), times=1)
+    assert contents(get(anonymous=False).path) == FILES
+    assert listings(server) == 2
+
+
 @pytest.mark.boto3
 def test_a_private_tree_is_served_offline_to_all_but_the_anonymous(
     server: Server, put_tree: Get, get: Get, keys: None
