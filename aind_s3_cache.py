@@ -744,6 +744,7 @@ _UNSIGNED_CODES = {
     "AuthorizationQueryParametersError",
 }  # fmt: skip
 _EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"}
+_BAD_KEYS = _EXPIRED_CODES | {"InvalidAccessKeyId", "SignatureDoesNotMatch"}
 _HINTS = {
     "AccessDenied": "Missing, or not public: without permission to list, S3 says 403 for a missing"
     " key, too",
@@ -2125,6 +2126,7 @@ class _Patience:
 
 _REGIONS: dict[tuple[str, str], str] = {}  # (endpoint, bucket) -> region, learnt from redirects
 _SIGNED_BUCKETS: set[tuple[str, str]] = set()  # (endpoint, bucket) that refused us unsigned
+_CLIENTS: dict[tuple[tuple[str, str], ...], Any] = {}  # our own, by the environment of each
 _DIRECTORY_BUCKET = "--x-s3", "--xa-s3"  # how the names of such and of their access points end
 
 
@@ -2482,6 +2484,9 @@ class _Signed(_S3):
             )
         except Exception as error:
             translated = self.translated(error, handled)
+            bad_keys = getattr(translated, "code", None) in _BAD_KEYS
+            if bad_keys and self.client in list(_CLIENTS.values()):
+                _CLIENTS.clear()  # who logs in again must not meet them again
             if translated is error:
                 raise
             raise translated from None
@@ -2604,7 +2609,6 @@ class _File(_Source):
 
 
 _CLIENT_LOCK = threading.Lock()
-_CLIENTS: dict[tuple[tuple[str, str], ...], Any] = {}
 _NO_CREDENTIALS: dict[tuple[tuple[str, str], ...], float] = {}
 
 
@@ -2647,17 +2651,20 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
     """
     if endpoint:
         _endpoint_place(endpoint)  # botocore would show a password in the URL that it refuses
-    env = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    ends = "_proxy", "_PROXY", "_CA_BUNDLE"
+    names = (name for name in os.environ if name.startswith("AWS_") or name.endswith(ends))
+    env = tuple(sorted((name, os.environ.get(name, "")) for name in names))
     env += (("", "offline"),) * offline
-    if env in _CLIENTS:
-        return _CLIENTS[env]
+    client = _CLIENTS.get(env)
+    if client is not None:
+        return client
     # boto3 clients may be shared by threads, but not be made by two at once (boto3#2750).
     with _CLIENT_LOCK:
         if not required and time.monotonic() - _NO_CREDENTIALS.get(env, -60.0) < 60.0:
             return None
-        if env in _CLIENTS:
-            return _CLIENTS[env]
-        client, lasts = None, False
+        client, lasts = _CLIENTS.get(env), False
+        if client is not None:
+            return client
         try:
             client, lasts = _new_client(required, offline)
         except ImportError:

@@ -20,7 +20,7 @@ from typing import Any, Callable
 
 import pytest
 from conftest import BUCKET, Run, new_client
-from server import STALL, Server
+from server import STALL, Server, s3_error
 from subject import s3c
 
 Get = Callable[..., Any]
@@ -503,6 +503,36 @@ def test_credentials_may_come_after_a_refusal(
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     assert get(uri).size == 2
+
+
+@NEEDS_BOTO3
+@pytest.mark.parametrize("code", ["ExpiredToken", "InvalidAccessKeyId"])
+@pytest.mark.parametrize("anonymous", [None, False])
+def test_after_a_new_login_the_keys_of_the_old_one_are_forgotten(
+    code: str, anonymous: bool | None, server: Server, publish: Publish, get: Get, home: Path
+) -> None:
+    pytest.importorskip("boto3")
+    file, text = home / "no-credentials", "[default]\naws_access_key_id={}\naws_secret_access_key=s"
+    refusal = s3_error(code, 400 if "Token" in code else 403)
+    server.before = lambda r: refusal if "=old/" in r.headers.get("authorization", "") else None
+    uri = publish({}, private=True)
+    file.write_text(text.format("old"))
+    assert failing(get, uri, s3c.AccessDeniedError, anonymous=anonymous).code == code
+    file.write_text(text.format("new"))
+    assert get(uri, anonymous=anonymous).size == 2
+
+
+@NEEDS_BOTO3
+@pytest.mark.usefixtures("keys")
+def test_a_proxy_that_is_set_later_is_used_for_signed_calls_too(
+    server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_RETRIES", 0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    failing(get, f"s3://{BUCKET}/a", s3c.TransferError, anonymous=False)
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    server.always(200, b"data", etag='"e"')
+    assert get(f"s3://{BUCKET}/a", anonymous=False).size == 4
 
 
 @NEEDS_BOTO3
