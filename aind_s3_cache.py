@@ -4530,10 +4530,14 @@ def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
     source = next(access.sources(target, None))
     ident = _ident(source.place_id)
     for entry in store.find(ident, access.anonymous is not True):
+        file = _File(entry.path, target.text)
+        file.uri = source.uri
         try:
-            return _read_json(_File(entry.path, target.text))
-        except NotFoundError:  # pruned since we looked
+            document = _read_json(file)
+        except (NotFoundError, AccessDeniedError):  # pruned since we looked, or another user's
             continue
+        store.used(entry.path, entry.stamp)
+        return document
     raise store.missing(ident, source.uri)
 
 

@@ -411,6 +411,29 @@ def test_offline_what_is_stored_squeezed_is_read_all_the_same(
     assert s3c.get_json(uri) == DOCUMENT
 
 
+def test_offline_a_document_that_is_read_counts_as_used(
+    publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, month = publish(DOCUMENT), time.time() - 30 * 86400
+    os.utime(s3c.get_local_path_for_resource(uri).path, (month, month))
+    monkeypatch.setenv("AIND_S3_CACHE_OFFLINE", "1")
+    s3c.get_json(uri)
+    assert s3c.CacheManager().prune(max_age_days=7) == []
+
+
+def test_offline_an_error_names_the_document_as_online(
+    publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, errors = publish(b"nonsense", key="me@lab?.json"), []
+    s3c.get_local_path_for_resource(uri)
+    for offline in ("", "1"):
+        monkeypatch.setenv("AIND_S3_CACHE_OFFLINE", offline)
+        with pytest.raises(s3c.InvalidJSONError) as caught:
+            s3c.get_json(uri)
+        errors.append((str(caught.value), caught.value.uri))
+    assert errors[0] == errors[1] == (errors[0][0], uri)
+
+
 # ==== Who asks ================================================================================
 
 

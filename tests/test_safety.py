@@ -188,6 +188,23 @@ def test_a_colleagues_cache_may_be_read(
     assert as_nobody(lambda: get().path.read_bytes()) == b"data"
 
 
+@pytest.mark.root
+@pytest.mark.boto3
+def test_offline_a_private_copy_of_another_user_does_not_hide_a_public_one(
+    public: Path, publish: Publish, as_nobody: AsNobody, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("boto3")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "key")
+    monkeypatch.setenv("AIND_S3_CACHE_DIR", str(public))
+    for version, anonymous in ((1, True), (2, False)):
+        uri = publish({"version": version})
+        s3c.get_local_path_for_resource(uri, anonymous=anonymous)
+    monkeypatch.setenv("AIND_S3_CACHE_OFFLINE", "1")
+    assert s3c.get_json(uri) == {"version": 2}
+    assert as_nobody(lambda: s3c.get_json(uri)) == {"version": 1}
+
+
 # ==== Without a home ==========================================================================
 
 
