@@ -2467,9 +2467,13 @@ class _Signed(_S3):
             return error
         if "FlexibleChecksumError" in bases:
             return IntegrityError("The bytes do not match their checksum", uri=self.uri)
-        if bases & {"HTTPClientError", "IncompleteReadError", "ConnectionError", "TimeoutError"}:
-            retry = "no" if "SSLError" in bases else "soon"
-            return TransferError(f"boto3 could not reach S3 ({name})", uri=self.uri, retry=retry)
+        lost = {"HTTPClientError", "IncompleteReadError", "ConnectionError", "TimeoutError"}
+        if bases & lost or "SSLError" in bases:  # amid a body it is urllib3's, no ConnectionError
+            hint, retry = None, "soon"
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                hint, retry = "Behind a company proxy, set AWS_CA_BUNDLE to its CA bundle", "no"
+            message = f"boto3 could not reach S3 ({name})"
+            return TransferError(message, uri=self.uri, hint=hint, retry=retry)
         if "BotoCoreError" in bases:
             return S3CacheError(f"boto3 refuses ({name}): {error}", uri=self.uri)
         return error

@@ -9,6 +9,8 @@ import hashlib
 import io
 import os
 import shutil
+import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from typing import Any, Callable
 
 import pytest
 from conftest import BUCKET, Run, new_client
-from server import STALL, Server, s3_error
+from server import CLOSE, STALL, Server, s3_error
 from subject import s3c
 
 Get = Callable[..., Any]
@@ -719,6 +721,37 @@ def test_a_refusal_without_a_body_has_the_same_code(
     server.always(status)
     options = {"s3_client": client} if way == "signed" else {"anonymous": True}
     assert failing(get, f"s3://{BUCKET}/a", s3c.S3CacheError, **options).code == code
+
+
+def damage(sock: socket.socket) -> None:
+    """Send a TLS record that cannot be decrypted, as a flipped bit makes one."""
+    socket.socket.sendall(sock, b"\x17\x03\x03\x00\x40" + bytes(64))
+
+
+@NEEDS_BOTO3
+@pytest.mark.usefixtures("keys", "quick")
+@pytest.mark.parametrize("place", ["head", "body"])
+def test_a_damaged_tls_record_is_asked_for_again_signed_too(
+    place: str, tls_server: Server, publish: Publish, get: Get
+) -> None:
+    uri = publish(b"data" * 1000, etag='"e-1"')
+    head = b'HTTP/1.1 206 OK\r\nETag: "e-1"\r\nContent-Length: 4000\r\n'
+    head += b"Content-Range: bytes 0-3999/4000\r\n\r\n"
+    tls_server.say(raw=[head + b"data" if place == "body" else b"", damage, CLOSE])
+    assert get(uri, anonymous=False).path.read_bytes() == b"data" * 1000
+    assert tls_server.connections == 2
+
+
+@NEEDS_BOTO3
+@pytest.mark.usefixtures("keys")
+def test_an_authority_that_boto3_does_not_know_is_said_so_and_not_retried(
+    tls_context: ssl.SSLContext, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Server(tls_context) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        error = failing(get, f"s3://{BUCKET}/a", s3c.TransferError, anonymous=False)
+        assert (error.attempts, server.connections) == (1, 1)
+    assert "set AWS_CA_BUNDLE" in error.hint
 
 
 # ==== What stays private ======================================================================
