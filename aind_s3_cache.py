@@ -472,7 +472,7 @@ def _log(level: int, text: str, *args: object) -> None:
     if not logger.handlers:  # `dictConfig` and `assertLogs` take ours away
         logger.addHandler(sys.modules["logging"].NullHandler())
     if logger.isEnabledFor(level):
-        logger.log(level, text, *args)
+        logger.log(level, _printable(text % args))  # a key may hold a line of its own
 
 
 # ==== 3 URIs ======================================================================================

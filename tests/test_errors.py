@@ -570,6 +570,19 @@ def test_a_key_cannot_forge_a_line_of_a_log(
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
+def test_nor_can_the_key_of_an_object_that_is_there(
+    server: Server, get: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger=s3c.__name__)
+    key, size = "a\nERROR forged \x1b[31m", s3c._SMALL + 1  # large: begun and ended by a line each
+    server.put("bucket", key, bytes(size))
+    get(f"s3://bucket/{key}")
+    told = [record.getMessage() for record in caplog.records]
+    lines = [line for line in told if "ERROR forged" in line]
+    assert len(lines) == 2
+    assert all(line.isprintable() for line in lines)
+
+
 def test_white_space_of_a_line_is_what_the_hint_is_about(
     server: Server, get: Callable[..., Any]
 ) -> None:
