@@ -4448,12 +4448,18 @@ def _decompress(data: bytearray, wbits: int, limit: int) -> bytearray | None:
     return out
 
 
+def _is_zlib(data: bytearray) -> bool:
+    """Tell whether data begin with zlib's header, whatever its window (RFC 1950, 2.2)."""
+    head = int.from_bytes(data[:2], "big")
+    return head >> 8 & 15 == 8 and head % 31 == 0
+
+
 def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:
     """Undo Content-Encoding gzip or deflate, and no more of it than the ceiling (gzip bombs)."""
     import zlib
 
     if source.kind == "local":  # as it was stored: no JSON begins so
-        coding = {b"\x1f": "gzip", b"\x78": "deflate"}.get(bytes(data[:1]), "")
+        coding = "gzip" if data[:1] == b"\x1f" else "deflate" if _is_zlib(data) else ""
     for name in reversed(coding.split(",")):
         coding = name.strip().lower()
         if coding in ("", "identity", "aws-chunked"):
@@ -4462,7 +4468,7 @@ def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:
             raise InvalidJSONError(
                 f"Unknown Content-Encoding {_printable(coding)!r}", uri=source.uri
             )
-        raw = coding == "deflate" and data[:1] != b"\x78"  # some send deflate without zlib's header
+        raw = coding == "deflate" and not _is_zlib(data)  # some send it without a header
         try:
             out = _decompress(data, -15 if raw else 47, _JSON_LIMIT)
         except zlib.error as error:
