@@ -4607,7 +4607,8 @@ def get_json_s3(
         ``AIND_S3_CACHE_OFFLINE`` is set and the default cache does not hold the object.
     """
     anonymous = _renamed(anon, anonymous)
-    target = _target(f"s3://{_text(bucket)}/{_text(key)}")
+    bucket = _text(bucket)
+    target = _target(f"s3://{bucket}/{_text(key)}")
     if target.bucket != bucket:
         raise ValueError(f"Not a valid S3 URI: no bucket can be called {_printable(bucket)!r}")
     return _load_json(target, _Access(anonymous, s3_client, _is_offline()))

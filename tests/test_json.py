@@ -66,6 +66,13 @@ def test_a_document_is_read_from_its_exact_key(publish: Publish, key: str) -> No
     assert s3c.get_json(publish(DOCUMENT, key=key)) == DOCUMENT
 
 
+def test_a_bucket_may_be_path_like_as_a_key_may(publish: Publish) -> None:
+    publish(DOCUMENT)
+    bucket: Any = Path(BUCKET)
+    key: Any = Path("data.json")
+    assert s3c.get_json_s3(bucket, key) == s3c.get_json(bucket, "data.json") == DOCUMENT
+
+
 def test_one_request_on_one_connection_and_nothing_on_disk(
     server: Server, publish: Publish, home: Path
 ) -> None:
