@@ -2460,7 +2460,11 @@ class _Signed(_S3):
             code = str(said.get("Error", {}).get("Code", ""))
             status = meta.get("HTTPStatusCode") or _digits(code) or _CODE_STATUS.get(code, 0)
             code = "" if code.isdigit() else code  # botocore's stand-in for an empty body
-            return self._error(status, headers, b"", code or None)
+            made = self._error(status, headers, b"", code or None)
+            operation = str(getattr(error, "operation_name", ""))
+            if made.code == "AccessDenied" and operation.startswith("AssumeRole"):  # STS says so
+                made.hint = f"boto3 got no credentials: {operation} was refused"
+            return made
         name = type(error).__name__
         bases = {cls.__name__ for cls in type(error).__mro__}
         if "NoCredentialsError" in bases:

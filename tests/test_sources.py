@@ -595,23 +595,41 @@ def test_a_broken_configuration_is_named_where_a_signature_is_asked_for(
     assert server.seen == []
 
 
-@NEEDS_BOTO3
-@pytest.mark.usefixtures("quick")
-def test_credentials_that_cannot_be_fetched_now_are_no_refusal(
-    server: Server, publish: Publish, get: Get, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def sts(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Where boto3 gets its credentials from: the keys of a role, for a token."""
     pytest.importorskip("boto3")
     (home / "token").write_text("token")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(home / "token"))
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/lab")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    with Server() as failing_sts:
-        failing_sts.always(503, code="ServiceUnavailable")
-        for sts in ("http://127.0.0.1:9", failing_sts.url):
-            monkeypatch.setenv("AWS_ENDPOINT_URL_STS", sts)
-            for anonymous in (None, False):
-                uri = publish({}, private=True)
-                failing(get, uri, s3c.TransferError, anonymous=anonymous)
+    with Server() as sts:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", sts.url)
+        yield sts
+
+
+@NEEDS_BOTO3
+@pytest.mark.usefixtures("quick")
+def test_credentials_that_cannot_be_fetched_now_are_no_refusal(
+    server: Server, sts: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sts.always(503, code="ServiceUnavailable")
+    for url in ("http://127.0.0.1:9", sts.url):
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", url)
+        for anonymous in (None, False):
+            uri = publish({}, private=True)
+            failing(get, uri, s3c.TransferError, anonymous=anonymous)
+
+
+@NEEDS_BOTO3
+@pytest.mark.parametrize("anonymous", [None, False])
+def test_a_role_that_is_refused_is_told_from_an_object_that_is(
+    anonymous: bool | None, server: Server, sts: Server, publish: Publish, get: Get
+) -> None:
+    sts.always(403, b"<ErrorResponse><Error><Code>AccessDenied</Code></Error></ErrorResponse>")
+    uri = publish({}, private=True)
+    error = failing(get, uri, s3c.AccessDeniedError, anonymous=anonymous)
+    assert error.hint == "boto3 got no credentials: AssumeRoleWithWebIdentity was refused"
 
 
 @NEEDS_BOTO3
