@@ -3045,10 +3045,10 @@ def _check_bytes(source: _Source, answer: _Answer, data: bytearray) -> None:
 #
 #   <cache_dir>/aind-s3-cache/
 #       CACHEDIR.TAG
-#       objects/<xx>/<id>_<access><validator>_<size>_<crc>_<the object's own name>
+#       objects/<xx>/<id>_<owner><validator>_<size>_<crc>_<the object's own name>
 #       objects/<xx>/.t… .u… .v…   a file being written, stamps of last use and last validation
 #       partial/<id>.<version>.<random>.data and .log     large objects on their way
-#       trees/<id>_<access><signature>_<files>_<size>_<name>/   directories of hard links to objects
+#       trees/<id>_<owner><signature>_<files>_<size>_<name>/   directories of hard links to objects
 #       locks/<xxx>                                        4,096 files, never removed by a download
 
 _FOLDER = "aind-s3-cache"
@@ -4260,8 +4260,8 @@ class _Keeper(_Store):
                     gone.append(unit.entry)
             except CacheError as error:  # another user's, in a sticky directory: go on
                 errors.append(error)
-        for first in errors:
-            raise first
+        if errors:
+            raise errors[0]
         return gone
 
     def _remove(self, entry: CacheEntry) -> bool:
