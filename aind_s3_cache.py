@@ -2565,7 +2565,7 @@ def _close(file: int | BinaryIO) -> None:
 class _FileBody:
     """The bytes of a local file as a reader that raises errors of ours."""
 
-    def __init__(self, file: FileIO, ours: Callable[[OSError], S3CacheError]) -> None:
+    def __init__(self, file: FileIO, ours: Callable[[OSError], Exception]) -> None:
         self._file, self._ours = file, ours
 
     def readinto(self, view: memoryview) -> int:
@@ -2597,7 +2597,9 @@ class _File(_Source):
     def __init__(self, path: str, text: str) -> None:
         self.path, self.text, self.uri = path, text, _redact_path(text)
 
-    def unreadable(self, error: OSError) -> S3CacheError:
+    def unreadable(self, error: OSError) -> Exception:
+        if _is_of_handler(error):
+            return error
         cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
         message = f"Cannot read {self.uri}: {error.strerror}"
         return cls(message, uri=self.uri, errno=error.errno)

@@ -122,6 +122,28 @@ def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
     writer.join()
 
 
+LATE = """
+import SUBJECT as s3c, signal, sys
+def late(*_): raise TimeoutError("the caller's")
+signal.signal(signal.SIGALRM, late)
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+try: s3c.get_json(sys.argv[1])
+except TimeoutError as error: print(error)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a pipe with a name, and signals")
+@pytest.mark.parametrize("has_writer", [False, True])
+def test_a_limit_of_time_ends_the_wait_for_a_pipe(
+    has_writer: bool, tmp_path: Path, run_python: Run
+) -> None:
+    """As it is opened, and as it is read."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with open(fifo if has_writer else os.devnull, "r+b", buffering=0):
+        assert run_python(LATE, fifo).stdout == "the caller's\n"
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/stdin"), reason="no /dev/stdin here")
 def test_standard_input_is_a_file_too(cli: Run) -> None:
     assert json.loads(cli("json", "/dev/stdin", input=TEXT).stdout) == DOCUMENT
