@@ -2778,6 +2778,9 @@ class _Access:
         made: _Source | None = None,
     ) -> T:
         """Act on the first source; where it is refused, on the next. Remember who was let in."""
+        bucket = self.env.endpoint, target.bucket
+        chain = self.anonymous is None and self.client is None
+        remembered = chain and bucket in _SIGNED_BUCKETS
         sources = self.sources(target, version, made)
         source = next(sources)
         while True:
@@ -2785,6 +2788,12 @@ class _Access:
                 result = act(source)
             except AccessDeniedError as error:
                 following = next(sources, None)
+                if following is None and remembered:
+                    # Of another object, or of keys that were good then: ask from the beginning.
+                    remembered = False
+                    _SIGNED_BUCKETS.discard(bucket)
+                    sources = self.sources(target, version)
+                    following = next(sources)
                 if following is None:
                     if error.code == "AccessDenied" and not source.signed:
                         error.hint = f"{error.hint}. {self._why_unsigned()}"
@@ -2794,9 +2803,8 @@ class _Access:
                 error.uri = error.uri or source.uri
                 raise
             else:
-                chain = self.anonymous is None and self.client is None
                 if chain and source.signed:
-                    _SIGNED_BUCKETS.add((self.env.endpoint, target.bucket))
+                    _SIGNED_BUCKETS.add(bucket)
                 return result
 
 

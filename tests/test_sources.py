@@ -390,6 +390,34 @@ def test_foreign_credentials_do_not_lock_us_out_of_a_public_bucket(
 
 @NEEDS_BOTO3
 @pytest.mark.usefixtures("keys")
+@pytest.mark.parametrize("code", ["AccessDenied", "ExpiredToken"])
+def test_what_is_public_stays_so_after_a_private_object_of_its_bucket(
+    code: str, server: Server, publish: Publish, get: Get
+) -> None:
+    get(publish({}, bucket="mixed", private=True))
+    uris = publish({}, "public", bucket="mixed"), publish({}, "closed", "mixed", private=True)
+    refusal = s3_error(code, 400 if code == "ExpiredToken" else 403)
+    server.reset()
+    server.before = lambda asked: refusal if "authorization" in asked.headers else None
+    assert get(uris[0]).size == 2
+    assert signed(server) == [True, False]
+    assert failing(get, uris[1], s3c.AccessDeniedError).code == code
+
+
+@NEEDS_BOTO3
+@pytest.mark.usefixtures("keys")
+def test_a_refusal_by_a_remembered_bucket_is_the_one_of_the_signed_call(
+    server: Server, publish: Publish, get: Get
+) -> None:
+    get(publish({}, bucket="mixed", private=True))
+    server.before = lambda asked: s3_error("AccessDenied", 403)
+    error = failing(get, "s3://mixed/closed", s3c.AccessDeniedError)
+    assert error.hint == "Missing, or these credentials may not read it"
+    assert signed(server) == [False, True, True, False, True]
+
+
+@NEEDS_BOTO3
+@pytest.mark.usefixtures("keys")
 def test_a_bucket_that_refuses_signed_too_is_not_remembered(
     server: Server, publish: Publish, get: Get
 ) -> None:
