@@ -6321,8 +6321,9 @@ def get_local_path_for_resource(
     Notes
     -----
     One conditional ranged GET answers hit and miss alike (RFC 9110, 13.1.2 and 14.2); later ranges
-    are pinned by If-Match to the first answer's ETag. What a signal handler raises (Ctrl-C, a limit
-    of time) ends the call; the next one goes on with a large object where this one stopped.
+    are pinned by If-Match to the first answer's ETag. What `progress` or a signal handler raises
+    (Ctrl-C, a limit of time) ends the call; the next one goes on with a large object where this one
+    stopped.
     """
     opt = _Options(
         cache_dir=cache_dir,
