@@ -4862,8 +4862,9 @@ class _Bar(_Meter):
 
     def _write(self, text: str) -> None:
         try:
-            sys.stderr.write(text)
             sys.stderr.flush()
+            # Not through its buffer: what stays there would fail the whole process at its exit.
+            os.write(sys.stderr.fileno(), text.encode())
         except (OSError, ValueError):  # the terminal is gone, or closed: the download goes on
             self._shown = False
 
@@ -6728,13 +6729,18 @@ def _record(value: _Record) -> dict[str, Any]:
     return {name.strip("_"): getattr(value, name) for name in value.__slots__}
 
 
+def _to_nowhere(fd: int) -> None:
+    """Send what is still unwritten to nowhere: the interpreter must not fail with it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
 def _say(text: str) -> None:
     """Print a line on stderr; nothing where that is closed, for ``print`` would take stdout."""
     try:
         if sys.stderr:
             print(text, file=sys.stderr)
     except OSError:  # nobody reads it: stdout and the exit code say what there is to say
-        pass
+        _to_nowhere(2)
 
 
 def _is_known(error: Exception) -> bool:
@@ -6907,12 +6913,11 @@ def _parser() -> Any:
 
 
 def _leave_stdout(code: int) -> int:
-    """Send what is still unwritten to nowhere: the interpreter must not complain at exit."""
     try:
         if sys.stdout:  # closed from the start, it is None
             sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _to_nowhere(1)
     return code
 
 

@@ -47,7 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 _CLEARED = re.compile(
     r"AWS_.*|AIND_S3_CACHE_.*|XDG_CACHE_HOME|.*_proxy|"
-    r"REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|SSL_CERT_FILE|SSL_CERT_DIR",
+    r"REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|SSL_CERT_FILE|SSL_CERT_DIR|"
+    r"PYTHONUNBUFFERED",  # hides what stays in a stream that cannot be written
     re.IGNORECASE,
 )
 
