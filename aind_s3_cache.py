@@ -150,6 +150,7 @@ def _import_early() -> None:
     with _IMPORTS:
         import encodings.idna  # noqa: F401  socket and ssl want it for every name
         import hashlib  # noqa: F401
+        import select  # noqa: F401  up to 3.14 it comes with socket
         import socket  # noqa: F401
         import urllib.parse  # noqa: F401
         import zlib  # noqa: F401
