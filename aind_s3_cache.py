@@ -90,34 +90,76 @@ __all__ = [  # noqa: RUF022  in the order of the documentation
 # need them: a fresh process that reads one small file pays for little else than the interpreter.
 
 
+class _Deferral:
+    """The signal handlers of Python, put off: each is called when the last of them is back.
+
+    Of its methods each ends as it should whatever a handler raises between any two lines of it.
+    """
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self._handlers: dict[int, Any] = {}
+        self._missed: list[int] = []
+
+    def _miss(self, number: int, _: object) -> None:
+        self._missed.append(number)
+
+    def _deliver(self) -> None:
+        if self._missed:
+            try:
+                _signal.raise_signal(self._missed.pop(0))
+            finally:
+                self._deliver()
+
+    def begin(self) -> bool:
+        """Put them off, if there are any; ValueError in another thread: none is called there."""
+        for number in range(1, _signal.NSIG):
+            handler = _signal.getsignal(number)
+            if callable(handler):
+                self._handlers[number] = handler
+                _signal.signal(number, self._miss)
+        return bool(self._handlers)
+
+    def restore(self) -> None:
+        for number, handler in self._handlers.items():
+            if _signal.getsignal(number) == self._miss:
+                _signal.signal(number, handler)
+
+    def end(self) -> None:
+        try:
+            self.restore()
+        except BaseException:  # of a handler that was back before the others
+            self.restore()
+            raise
+        finally:
+            self._deliver()
+
+
 class _Imports:
-    """What several threads may import first at the same time: one at a time, and no Ctrl-C amid it.
+    """What several threads may import first at the same time: one at a time, and no signal amid it.
 
     Where threads wait for each other within CPython's import, a Ctrl-C can leave its lock taken for
-    ever; and a package whose first import breaks off can fail at every later one (pathlib in 3.13).
-    Re-entrant, for a finalizer or a signal handler may come in the midst of it. No helper thread
-    imports instead: it would wait for a module that the caller's own import has begun.
+    ever; a package whose first import breaks off can fail at every later one (pathlib in 3.13); and
+    a handler's TimeoutError, a limit of time, is to importlib as good as a file that is not there.
+    Re-entrant, for a finalizer may come in the midst of it. No helper thread imports instead: it
+    would wait for a module that the caller's own import has begun.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._depth = 0
-        self._deferred: tuple[int, Any, Any, list[Any]] | None = None
+        self._deferral: _Deferral | None = None
 
     def __enter__(self) -> None:
-        # In this order no Ctrl-C is lost, or leaves anything, between any two lines here and below.
-        handler = _signal.getsignal(_signal.SIGINT)
-        if callable(handler) and not self._deferred:
-            missed: list[Any] = []
-
-            def defer(*args: object) -> None:
-                missed[:] = args
-
+        if not self._deferral:
+            deferral = _Deferral()
             try:
-                _signal.signal(_signal.SIGINT, defer)
-                self._deferred = threading.get_ident(), handler, defer, missed
-            except ValueError:  # not the main thread: no Ctrl-C comes here
-                pass
+                if deferral.begin():
+                    self._deferral = deferral
+            except BaseException as error:
+                deferral.end()
+                if not isinstance(error, ValueError):
+                    raise
         self._lock.acquire()
         self._depth += 1
 
@@ -125,20 +167,15 @@ class _Imports:
         self._depth -= 1
         is_last = not self._depth
         self._lock.release()
-        deferred = self._deferred  # the main thread may be about to end it
-        if is_last and deferred and deferred[0] == threading.get_ident():
-            _, handler, _, missed = deferred
-            self.restore()
-            if missed:
-                handler(*missed)
+        deferral = self._deferral  # the main thread may be about to end it
+        if is_last and deferral and deferral.thread == threading.get_ident():
+            self._deferral = None
+            deferral.end()
 
-    def restore(self) -> None:
-        """Let a Ctrl-C come again; also in a child that another thread forked meanwhile."""
-        deferred, self._deferred = self._deferred, None
-        if deferred:
-            _, handler, defer, _ = deferred
-            if _signal.getsignal(_signal.SIGINT) is defer:
-                _signal.signal(_signal.SIGINT, handler)
+    def after_fork(self) -> None:
+        """Let signals come in a child that another thread forked meanwhile."""
+        if self._deferral:
+            self._deferral.restore()
 
 
 _IMPORTS = _Imports()
@@ -5050,7 +5087,7 @@ def _after_fork() -> None:
     global _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS, _TURN
     _POOL.after_fork()
     _TURN = _Turn()
-    _IMPORTS.restore()
+    _IMPORTS.after_fork()
     _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.RLock(), threading.Lock(), _Imports()
     _FLIGHTS.clear()
     _ASKED.clear()

@@ -33,6 +33,12 @@ AWS_HOSTS = [
     f"{star}s3.{region}amazonaws.com" for star in ("*.", "") for region in ("", "us-west-2.")
 ]
 
+LIMIT = """
+import signal
+def late(*_): raise TimeoutError("the caller's")
+signal.signal(signal.SIGALRM, late)
+"""  # the usual limit of time: an error that a socket or a file may raise, too
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Spawn = Callable[..., "subprocess.Popen[str]"]
 

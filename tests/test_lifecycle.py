@@ -13,12 +13,13 @@ import sys
 import threading
 import time
 import zipapp
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import SUBJECT_FILE, Run, Spawn
+from conftest import LIMIT, SUBJECT_FILE, Run, Spawn
 from server import Server
 from subject import name as subject_name
 from subject import s3c
@@ -219,30 +220,52 @@ def test_an_interrupt_amid_the_first_requests_of_many_threads_leaves_no_import_u
     assert (done.stderr, set(done.stdout.split())) == ("", {"0"})
 
 
-AMID_IMPORT = """
-import SUBJECT as s3c, os, signal, sys
+AMID_IMPORT = f"""{LIMIT}
+import SUBJECT as s3c, os, sys
 way, name, uri, cache = sys.argv[1:]
 get = lambda: s3c.get_local_path_for_resource(uri, cache_dir=cache).path
 is_whole = lambda: hasattr(sys.modules.get(name), "__all__")
 is_default = lambda: signal.getsignal(signal.SIGINT) is signal.default_int_handler
 class Finder:
     def find_spec(self, found, *_):
-        if found == name: os.kill(os.getpid(), signal.SIGINT)
+        if found == name: os.kill(os.getpid(), number)
+number = signal.SIGALRM if way == "late" else signal.SIGINT
 for found in list(sys.modules):  # coverage has imported much already
-    if f"{found}.".startswith(f"{name}."): del sys.modules[found]
+    if (found + ".").startswith(name + "."): del sys.modules[found]
 if way == "handler": signal.signal(signal.SIGINT, lambda *_: print(is_whole()))
 sys.meta_path.insert(0, Finder())
 try: print(get().read_text())
-except KeyboardInterrupt: print(is_whole(), is_default(), get().read_text())
+except (KeyboardInterrupt, TimeoutError): print(is_whole(), is_default(), get().read_text())
 """
 
 
 @pytest.mark.parametrize("name", ["hashlib", "socket", "urllib.parse", "pathlib"])
-def test_an_interrupt_comes_after_the_imports(
-    name: str, publish: Publish, run_python: Run, cache: Path
+@pytest.mark.parametrize("way", ["ctrl-c", pytest.param("late", marks=posix)])
+def test_an_interrupt_or_a_limit_of_time_comes_after_the_imports(
+    way: str, name: str, publish: Publish, run_python: Run, cache: Path
 ) -> None:
-    done = run_python(AMID_IMPORT, "ctrl-c", name, publish(b"data"), cache)
+    done = run_python(AMID_IMPORT, way, name, publish(b"data"), cache)
     assert done.stdout == "True True data\n"
+
+
+AMID_CERTIFICATES = f"""{LIMIT}
+import SUBJECT as s3c, sys
+def trace(frame, event, _):
+    if event == "call" and frame.f_code.co_name == "create_default_context":
+        signal.raise_signal(signal.SIGALRM)
+sys.setprofile(trace)
+try: s3c.get_json(sys.argv[1])
+except BaseException as error: print(repr(error))
+"""
+
+
+@posix
+def test_a_limit_of_time_comes_after_the_certificates_are_loaded(
+    tls_server: Server, publish: Publish, run_python: Run
+) -> None:
+    """Amid that, it was told as a bundle without a certificate."""
+    done = run_python(AMID_CERTIFICATES, publish({}))
+    assert done.stdout == 'TimeoutError("the caller\'s")\n'
 
 
 def test_a_handler_of_ones_own_is_called_after_the_imports(
@@ -304,44 +327,68 @@ def test_a_wait_for_another_threads_download_holds_its_lock_whenever_an_interrup
     assert done.stdout == "revalidated\n", done.stderr
 
 
-def interrupted_at(step: int, section: Any) -> bool:
-    """Enter and exit a section, with a real Ctrl-C at the nth bytecode: whether one came."""
+DEFERRING = {"__enter__", "__exit__", "begin", "restore", "end", "_deliver"}
+
+
+@pytest.fixture
+def sigterm() -> Iterator[None]:
+    """A handler that raises a TimeoutError."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGTERM, late)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def interrupted_at(step: int, section: Any, number: int) -> bool:
+    """Enter and exit a section, with a real signal at the nth bytecode: whether one came."""
     left, before = [step], sys.gettrace()
     kind = "line" if sys.version_info[:2] == (3, 12) else "opcode"  # 3.12.1 tells no opcodes
 
     def trace(frame: Any, event: str, _: object) -> Any:
-        if frame.f_code.co_name not in {"__enter__", "__exit__", "restore"}:
+        if frame.f_code.co_name not in DEFERRING:
             return None
         frame.f_trace_opcodes = True
         left[0] -= event == kind
         if left[0] < 0:
             sys.settrace(None)
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return trace
 
     sys.settrace(trace)
     try:
         with section:
             pass
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TimeoutError):
         return True
     finally:
         sys.settrace(before)
-    assert left[0] >= 0, "the Ctrl-C is lost"
+    assert left[0] >= 0, "the signal is lost"
     return False
 
 
-def test_an_interrupt_anywhere_in_an_imports_begin_or_end_is_not_lost_and_keeps_nothing() -> None:
-    step, handler = 0, signal.getsignal(signal.SIGINT)
-    imports = s3c._Imports()
-    while interrupted_at(step, imports):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_anywhere_in_an_imports_begin_or_end_is_not_lost_and_keeps_nothing(
+    number: int, sigterm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("_signal.NSIG", signal.SIGTERM + 1)
+    step, imports, before = 0, s3c._Imports(), list(map(signal.getsignal, range(1, 16)))
+    while interrupted_at(step, imports, number):
         step += 1
         with concurrent.futures.ThreadPoolExecutor(1) as other:
             assert other.submit(imports._lock.acquire, blocking=False).result(), step
             other.submit(imports._lock.release).result()
-        assert (imports._depth, imports._deferred) == (0, None), step
-        assert signal.getsignal(signal.SIGINT) is handler, step
+        assert (imports._depth, imports._deferral) == (0, None), step
+        assert list(map(signal.getsignal, range(1, 16))) == before, step
     assert step > 15
+
+
+def test_of_two_signals_amid_an_import_each_handler_is_called(sigterm: None) -> None:
+    with pytest.raises(TimeoutError) as caught, s3c._Imports():
+        list(map(signal.raise_signal, [signal.SIGINT, signal.SIGTERM]))
+    assert isinstance(caught.value.__context__, KeyboardInterrupt)
 
 
 def leave_with_a_pause(section: Any, step: int) -> None:
@@ -356,7 +403,7 @@ def leave_with_a_pause(section: Any, step: int) -> None:
         return trace
 
     with section:
-        while not section._deferred:
+        while not section._deferral:
             time.sleep(0.001)
         sys.settrace(trace)
     sys.settrace(None)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Run, new_client
+from conftest import BUCKET, LIMIT, Run, new_client
 from server import CLOSE, STALL, Server, s3_error
 from subject import s3c
 
@@ -269,10 +269,8 @@ def test_a_given_client_is_used(cloud: Cloud, get: Get) -> None:
     client.close()
 
 
-LATE = """
-import SUBJECT as s3c, signal, sys
-def late(*_): raise TimeoutError("the caller's")
-signal.signal(signal.SIGALRM, late)
+LATE = f"""{LIMIT}
+import SUBJECT as s3c, sys
 get = lambda uri: s3c.get_json(uri, anonymous=False)
 try: get("s3://aind-open-data/nothing")  # imports
 except s3c.NotFoundError: pass
