@@ -621,6 +621,23 @@ def test_a_broken_configuration_is_named_where_a_signature_is_asked_for(
     assert server.seen == []
 
 
+AMID_CREDENTIALS = f"""{LIMIT}
+import boto3, SUBJECT as s3c, sys
+signal.setitimer(signal.ITIMER_REAL, 0.7)
+try: s3c.get_json(sys.argv[1], anonymous=False)
+except TimeoutError as error: print(error)
+"""
+
+
+@NEEDS_BOTO3
+@pytest.mark.skipif(os.name != "posix", reason="such limits are of POSIX")
+def test_a_limit_of_time_is_kept_while_boto3_waits_for_credentials(
+    home: Path, publish: Publish, run_python: Run
+) -> None:
+    (home / "no-config").write_text(PROCESS + '"import time; time.sleep(9)"')
+    assert run_python(AMID_CREDENTIALS, publish({})).stdout == "the caller's\n"
+
+
 @pytest.fixture
 def sts(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Where boto3 gets its credentials from: the keys of a role, for a token."""
