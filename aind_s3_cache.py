@@ -6534,7 +6534,8 @@ def get_local_paths_for_resources(
         Where to work instead: threads or processes of the standard library,
         ``dask.distributed.Client.get_executor()``, ``mpi4py.futures``. Its ``map`` is used.
     return_exceptions : bool
-        Put errors into the list instead of raising the first one.
+        Put errors into the list instead of raising the first one; what `progress` raises ends the
+        batch all the same.
     progress : bool or callable, optional
         As in `get_local_path_for_resource`, one for the batch; with an `executor`, called as
         results arrive.

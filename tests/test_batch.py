@@ -824,6 +824,21 @@ def test_progress_sums_to_what_came(many: Callable[[int], list[str]], get_all: G
     assert sum(got) == 0
 
 
+def test_what_progress_raises_ends_a_batch_that_collects_errors(
+    many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    """Which is how a caller cancels it."""
+    got: list[int] = []
+
+    def cancel(size: int) -> None:
+        got.append(size)
+        raise TimeoutError("enough")
+
+    with pytest.raises(TimeoutError, match="enough"):
+        get_all(many(200), return_exceptions=True, progress=cancel)
+    assert len(got) < 100
+
+
 def test_progress_is_called_by_one_thread_at_a_time(
     many: Callable[[int], list[str]], get_all: Get
 ) -> None:
