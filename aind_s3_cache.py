@@ -4136,6 +4136,20 @@ class _Unit:
         self.entry, self.inodes = entry, inodes
 
 
+def _from_each(units: list[_Unit], act: Callable[[_Unit], list[CacheEntry]]) -> list[CacheEntry]:
+    """Act on each, and past one that is another user's; return what went, or raise at the end."""
+    gone: list[CacheEntry] = []
+    errors: list[CacheError] = []
+    for unit in units:
+        try:
+            gone += act(unit)
+        except CacheError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return gone
+
+
 def _plan_prune(
     units: list[_Unit], max_age: float | None, max_size: int | None, now: float
 ) -> list[_Unit]:
@@ -4379,16 +4393,7 @@ class _Keeper(_Store):
         if dry_run:
             return [unit.entry for unit in plan]
         self._sweep(now)
-        gone, errors = [], []
-        for unit in plan:
-            try:
-                if self._remove(unit.entry):
-                    gone.append(unit.entry)
-            except CacheError as error:  # another user's, in a sticky directory: go on
-                errors.append(error)
-        if errors:
-            raise errors[0]
-        return gone
+        return _from_each(plan, lambda unit: [unit.entry] * self._remove(unit.entry))
 
     def _remove(self, entry: CacheEntry) -> bool:
         """Remove an entry unless it was touched after the plan: aside first, and back if so."""
@@ -4430,15 +4435,17 @@ class _Keeper(_Store):
 
     def verify(self) -> list[CacheEntry]:
         """Remove, and return, objects whose bytes are not what they were, and their trees."""
-        units, bad = self.units(), []
-        for unit in units:
-            path = unit.entry.path
+        units = self.units()
+        trees = [unit for unit in units if unit.entry.kind == "tree"]
+
+        def check(unit: _Unit) -> list[CacheEntry]:
+            path, bad = unit.entry.path, []
             with _Disk(path):
                 if unit.entry.kind != "object" or not _is_damaged(_Entry(path)):
-                    continue
+                    return []
                 # Trees first: when it is gone nothing tells any more that their bytes are bad.
-                for tree in units:
-                    if tree.entry.kind == "tree" and not tree.inodes.keys().isdisjoint(unit.inodes):
+                for tree in trees:
+                    if not tree.inodes.keys().isdisjoint(unit.inodes):
                         error = _remove_tree(tree.entry.path)
                         if error and os.path.lexists(tree.entry.path):
                             raise error
@@ -4447,8 +4454,9 @@ class _Keeper(_Store):
                     os.unlink(path)
                 except FileNotFoundError:  # a peer was faster
                     pass
-                bad.append(unit.entry)
-        return list(dict.fromkeys(bad))
+            return [*bad, unit.entry]
+
+        return list(dict.fromkeys(_from_each(units, check)))
 
     def clear(self) -> None:
         """Remove all that is ours and nothing else."""
@@ -6764,7 +6772,8 @@ class CacheManager:
         Raises
         ------
         CacheError
-            The directory cannot be read or changed, or is not safe.
+            Something could not be read or removed, though all else was looked at; or the directory
+            is not safe.
         """
         return self._keeper.verify()
 

@@ -6,6 +6,7 @@ What matters becomes a CacheError with its number; what does not, a stamp or a l
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
@@ -271,6 +272,26 @@ def test_clear_says_what_it_could_not_remove(nobodys: Any, as_nobody: Any) -> No
     with pytest.raises(s3c.CacheError, match="Permission denied"):
         as_nobody(manager.clear)
     assert as_nobody(manager.entries) == []
+
+
+@pytest.mark.root
+def test_verify_goes_on_past_what_it_may_not_remove(
+    server: Server, nobodys: Any, as_nobody: Any
+) -> None:
+    """Of many, whatever their order: those of one directory stay."""
+    manager, paths = nobodys[1], []
+    for key in "abcdefgh":
+        server.put(BUCKET, key, b"{}")
+        uri = f"s3://{BUCKET}/{key}"
+        paths.append(as_nobody(partial(localize, uri, cache_dir=manager.dir)).path)
+    for path in paths:
+        path.chmod(0o644)
+        path.write_bytes(b"[]")
+    kept = paths[3].parent
+    kept.chmod(0o555)
+    with pytest.raises(s3c.CacheError, match="Permission denied"):
+        as_nobody(manager.verify)
+    assert [path.exists() for path in paths] == [path.parent == kept for path in paths]
 
 
 @pytest.mark.root
