@@ -40,7 +40,6 @@ signed requests.
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # pyright: ignore[reportMissingImports]
 import atexit
 import errno
 import itertools
@@ -49,7 +48,7 @@ import stat
 import sys
 import threading
 import time
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, partial
 
 __version__ = "1.0.0"
 
@@ -90,134 +89,8 @@ __all__ = [  # noqa: RUF022  in the order of the documentation
 # need them: a fresh process that reads one small file pays for little else than the interpreter.
 
 
-# By which a caller, a scheduler or a user may end what we do; asked about at each call.
-_SIGNALS = [
-    getattr(_signal, f"SIG{name}")
-    for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "ALRM", "VTALRM", "PROF", "XCPU")
-    if hasattr(_signal, f"SIG{name}")
-]
-
-
-@lru_cache(maxsize=1)
-def _is_main_interpreter() -> bool:
-    """Tell so in a main thread: elsewhere handlers are another's objects, fatal to touch."""
-    try:
-        _signal.set_wakeup_fd(-2)  # which is refused in any case, here for being no file
-    except OSError:
-        return True
-    except ValueError:
-        pass
-    return False
-
-
-class _Handlers:
-    """The signal handlers of Python, with others in their place for a while.
-
-    Of the main thread only: no other calls them. Each method ends as it should whatever one of them
-    raises between any two lines of it.
-    """
-
-    _usual: Any = None  # what was found where there was nothing to replace: half the time
-
-    def __init__(self) -> None:
-        self._replaced: dict[int, tuple[Any, Any]] = {}
-
-    def _instead(self, handler: Any) -> Any:
-        raise NotImplementedError
-
-    def replace(self) -> bool:
-        """Replace them; False if there are none, or if this is not the main thread."""
-        if threading.get_ident() != threading.main_thread().ident or not _is_main_interpreter():
-            return False
-        found = list(map(_signal.getsignal, _SIGNALS))
-        if found == self._usual:
-            return False
-        for number, handler in zip(_SIGNALS, found):
-            new = self._instead(handler) if callable(handler) else handler
-            if new is not handler:
-                self._replaced[number] = handler, new
-                _signal.signal(number, new)
-        if not self._replaced:
-            type(self)._usual = found
-        return bool(self._replaced)
-
-    def restore(self) -> None:
-        for number, (handler, new) in self._replaced.items():
-            if _signal.getsignal(number) is new:
-                _signal.signal(number, handler)
-
-
-class _Deferral(_Handlers):
-    """Signals put off until the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.thread = threading.get_ident()
-        self._missed: list[int] = []
-
-    def _instead(self, handler: Any) -> Any:
-        return lambda number, _: self._missed.append(number)
-
-    def _deliver(self) -> None:
-        if self._missed:
-            try:
-                _signal.raise_signal(self._missed.pop(0))
-            finally:
-                self._deliver()
-
-    def end(self) -> None:
-        try:
-            self.restore()
-        except BaseException:  # of a handler that was back before the others
-            self.restore()
-            raise
-        finally:
-            self._deliver()
-
-
-class _Imports:
-    """What several threads may import first at the same time: one at a time, and no signal amid it.
-
-    Where threads wait for each other within CPython's import, a Ctrl-C can leave its lock taken for
-    ever; a package whose first import breaks off can fail at every later one (pathlib in 3.13); and
-    a handler's TimeoutError, a limit of time, is to importlib as good as a file that is not there.
-    Re-entrant, for a finalizer may come in the midst of it. No helper thread imports instead: it
-    would wait for a module that the caller's own import has begun.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._depth = 0
-        self._deferral: _Deferral | None = None
-
-    def __enter__(self) -> None:
-        if not self._deferral:
-            deferral = _Deferral()
-            try:
-                if deferral.replace():
-                    self._deferral = deferral
-            except BaseException:
-                deferral.end()
-                raise
-        self._lock.acquire()
-        self._depth += 1
-
-    def __exit__(self, *args: object) -> None:
-        self._depth -= 1
-        is_last = not self._depth
-        self._lock.release()
-        deferral = self._deferral  # the main thread may be about to end it
-        if is_last and deferral and deferral.thread == threading.get_ident():
-            self._deferral = None
-            deferral.end()
-
-    def after_fork(self) -> None:
-        """Let signals come in a child that another thread forked meanwhile."""
-        if self._deferral:
-            self._deferral.restore()
-
-
-_IMPORTS = _Imports()
+# Threads that import the same modules first at the same time can meet one that is half made.
+_IMPORTS = threading.RLock()  # re-entrant: a finalizer may come in the midst of it
 
 
 @lru_cache(maxsize=1)
@@ -248,12 +121,10 @@ if TYPE_CHECKING:
     from io import FileIO
     from pathlib import Path, PurePath
     from socket import socket as Socket
-    from types import FrameType
     from typing import Any, BinaryIO, Protocol, TypeVar, Union
 
     T = TypeVar("T")
     E = TypeVar("E", bound="S3CacheError")
-    F = TypeVar("F", bound=Callable[..., Any])
     StrPath = Union[str, os.PathLike[str]]
     Progress = Union[bool, None, Callable[[int], object]]
     Origin = tuple[str, str, int]
@@ -525,73 +396,6 @@ def _rebuild(cls: type[S3CacheError], state: dict[str, Any]) -> S3CacheError:
     error = cls(state["message"], status=state["status"], code=state["code"])
     error.__dict__.update(state)
     return error
-
-
-class _Theirs(BaseException):
-    """What the caller's own code raised, past all who judge and retry what a transfer raises."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(error)
-        self.error = error
-
-
-def _callers_own(error: BaseException | None) -> Exception | None:
-    """Return what the caller's own code raised, whatever failed on the way out because of it."""
-    while error is not None and not isinstance(error, _Theirs):
-        error = error.__context__
-    return error.error if isinstance(error, _Theirs) else None
-
-
-def _is_within(frame: FrameType | None) -> bool:
-    """Tell whether a frame is of a call of ours, and not of progress or URIs that it asks for."""
-    inner = frame
-    while frame and frame.f_globals is not globals():
-        frame = frame.f_back
-    return frame is not None and (frame is inner or frame.f_code.co_name not in _CALL_BACK)
-
-
-_CALL_BACK = "__call__", "_unique"  # what calls such code: `_Meter`, and the batch
-
-
-class _Call(_Handlers):
-    """Marks what signal handlers raise amid a call: a limit of time is no fault of a socket."""
-
-    def _instead(self, handler: Any) -> Any:
-        # Ctrl-C's own raises what nobody takes for a fault.
-        return handler if handler is _signal.default_int_handler else partial(self._mark, handler)
-
-    def _mark(self, handler: Any, number: int, frame: FrameType | None) -> None:
-        try:
-            handler(number, frame)
-        except Exception as error:
-            if _is_within(frame):
-                raise _Theirs(error) from None
-            raise
-
-
-def _boundary(function: F) -> F:
-    """Let what the caller's own code raises amid a call come out of it as it is."""
-
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        handlers = _Call()
-        try:
-            try:
-                handlers.replace()
-                return function(*args, **kwargs)
-            finally:
-                handlers.restore()
-        except BaseException as error:
-            handlers.restore()  # it may have come amid that
-            told = _callers_own(error)
-            if told is None:
-                raise
-        try:
-            raise told
-        finally:
-            del told  # else it holds this frame, and this frame holds it
-
-    return call  # type: ignore[return-value]
 
 
 def _human(size: float) -> str:
@@ -1477,6 +1281,21 @@ def _shut_down(sock: Socket) -> None:
         pass
 
 
+def _is_of_handler(error: Exception) -> bool:
+    """Tell whether a caller's signal handler raised this: a limit of time, no fault of a socket.
+
+    A handler is known by what it alone is given: the frame that it interrupts, which called it.
+    """
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        interrupted, trace = trace.tb_frame, trace.tb_next
+        for value in trace.tb_frame.f_locals.values():
+            given = value if isinstance(value, tuple) else (value,)  # *args is a tuple
+            if any(item is interrupted for item in given):
+                return True
+    return False
+
+
 class _Connection:
     """One socket, what was read of it too far, and the pool's notes about it."""
 
@@ -1532,6 +1351,8 @@ class _Connection:
             if type(error).__name__ == "SSLWantReadError":  # a session ticket, and nothing else
                 sock.settimeout(_STALL_TIMEOUT)
                 return False
+            if _is_of_handler(error):
+                raise
         return True
 
     def receive(self, deadline: float) -> bytes:
@@ -1598,8 +1419,9 @@ class _Connection:
                 if not more:
                     break
                 size, now = size + more, time.monotonic()
-        except OSError:  # what came is good; the next call meets the error again
-            pass
+        except OSError as error:  # what came is good; the next call meets the error again
+            if _is_of_handler(error):
+                raise
         finally:
             self.sock.settimeout(_STALL_TIMEOUT)
         return size, now
@@ -1796,7 +1618,7 @@ def _dial(origin: Origin, deadline: float) -> Socket:
             return sock
         except BaseException as error:
             sock.close()
-            if not isinstance(error, OSError):
+            if not isinstance(error, OSError) or _is_of_handler(error):
                 raise
             last = error
     raise last
@@ -1813,7 +1635,7 @@ def _wire_error(error: Exception, place: _Place, proxy: _Place | None = None) ->
     """
     import socket
 
-    if isinstance(error, S3CacheError):
+    if isinstance(error, S3CacheError) or _is_of_handler(error):
         return error
     kind, place = ("proxy ", proxy) if proxy else ("", place)
     where = kind + place.address
@@ -2126,7 +1948,7 @@ class _Exchange:
                 return self._receive(kept)
             except OSError as error:
                 ours = isinstance(error, S3CacheError)  # it is told already what went wrong
-                if ours or _timed_out(error):
+                if ours or _timed_out(error) or _is_of_handler(error):
                     raise
         if self.switch:
             self.switch.check()
@@ -2525,13 +2347,13 @@ class _Stream:
             raise
 
     def readinto(self, view: memoryview) -> int:
-        self._reading = True
+        self._reading, handled = True, sys.exc_info()[1]
         try:
             data = self._body.read(min(len(view), _CHUNK))  # if that breaks, all of it is lost
         except Exception as error:
             if self._switch:
                 self._switch.check()
-            raise self._source.translated(error) from None
+            raise self._source.translated(error, handled) from None
         finally:
             self._reading = False
             if self._closed:
@@ -2570,8 +2392,17 @@ class _Signed(_S3):
         self.signed = unsigned is None or version_of is not unsigned
         self.private = self.private or self.signed
 
-    def translated(self, error: Exception) -> Exception:
-        """Return the error of ours for one of botocore's; NoCredentialsError stays what it is."""
+    def translated(self, error: Exception, handled: BaseException | None) -> Exception:
+        """Return the error of ours for one of botocore's; NoCredentialsError stays what it is.
+
+        A signal handler's error is its caller's, though botocore and urllib3 wrap it; ``handled``
+        is what the caller was handling before, and so none of this call's.
+        """
+        cause: BaseException | None = error
+        while isinstance(cause, Exception) and cause is not handled:
+            if _is_of_handler(cause):
+                return cause
+            cause = cause.__context__
         said = getattr(error, "response", None)
         if isinstance(said, dict):
             meta = said.get("ResponseMetadata", {})
@@ -2602,6 +2433,7 @@ class _Signed(_S3):
         return error
 
     def _call(self, operation: str, **kwargs: object) -> Any:
+        handled = sys.exc_info()[1]
         try:
             _TURN.leave()
             _log(_DEBUG, "boto3 %s %s", operation, self.uri)
@@ -2609,7 +2441,7 @@ class _Signed(_S3):
                 **{name: value for name, value in kwargs.items() if value is not None}
             )
         except Exception as error:
-            translated = self.translated(error)
+            translated = self.translated(error, handled)
             bad_keys = getattr(translated, "code", None) in _BAD_KEYS
             if bad_keys and self.client in list(_CLIENTS.values()):
                 _CLIENTS.clear()  # who logs in again must not meet them again
@@ -2716,6 +2548,8 @@ class _File(_Source):
         self.path, self.text, self.uri = path, text, _redact_path(text)
 
     def unreadable(self, error: OSError) -> Exception:
+        if _is_of_handler(error):
+            return error
         cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
         message = f"Cannot read {self.uri}: {error.strerror}"
         return cls(message, uri=self.uri, errno=error.errno)
@@ -3231,7 +3065,7 @@ class _Disk:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         ours = isinstance(error, S3CacheError)
-        if isinstance(error, OSError) and not ours:
+        if isinstance(error, OSError) and not ours and not _is_of_handler(error):
             raise _disk_error(error, self._path, self._need) from None
 
 
@@ -3998,7 +3832,7 @@ class _Partial:
                 if self._take_one(index):
                     copied += self._copy(files[0], index, crc)
         except OSError as error:
-            if isinstance(error, S3CacheError):
+            if isinstance(error, S3CacheError) or _is_of_handler(error):
                 raise
         finally:
             for file in files:
@@ -4689,12 +4523,6 @@ def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
     raise store.missing(ident, source.uri)
 
 
-@_boundary
-def _load_file(text: str) -> dict[str, Any]:
-    return _read_json(_File(_local_path(text), text))
-
-
-@_boundary
 def _load_json(target: _Target, access: _Access) -> dict[str, Any]:
     _import_early()
     if access.offline:
@@ -4845,7 +4673,7 @@ def get_json(
         return get_json_s3_uri(text, s3_client=s3_client, anonymous=anonymous)
     if scheme in ("http", "https"):
         return get_json_url(text)
-    return _load_file(text)
+    return _read_json(_File(_local_path(text), text))
 
 
 # ==== 9 Cache =====================================================================================
@@ -4912,6 +4740,14 @@ class LocalizedResource(_Record):
 
     def __fspath__(self) -> str:
         return self._path
+
+
+class _Theirs(BaseException):
+    """What the caller's progress raised, past all who judge and retry what a transfer raises."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class _Meter:
@@ -5171,8 +5007,7 @@ def _after_fork() -> None:
     global _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS, _TURN
     _POOL.after_fork()
     _TURN = _Turn()
-    _IMPORTS.after_fork()
-    _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.RLock(), threading.Lock(), _Imports()
+    _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.RLock(), threading.Lock(), threading.RLock()
     _FLIGHTS.clear()
     _ASKED.clear()
     _CLIENTS.clear()
@@ -6361,13 +6196,14 @@ def _localize(text: str, opt: _Options, look: _Look | None = None) -> LocalizedR
     except S3CacheError as error:
         error.uri = error.uri or _redact(text)
         raise
+    except _Theirs:
+        raise
     except BaseException as error:
         _let_go()
         _unmask(error)
         raise
 
 
-@_boundary
 def get_local_path_for_resource(
     uri_or_path: StrPath,
     *,
@@ -6461,6 +6297,8 @@ def get_local_path_for_resource(
     )
     try:
         return _localize(_text(uri_or_path), opt)
+    except _Theirs as raised:
+        raise raised.error from raised.error.__cause__
     finally:
         opt.meter.close()
 
@@ -6517,7 +6355,6 @@ def _sendable(options: dict[str, Any], executor: Executor) -> None:
             raise TypeError(text) from None
 
 
-@_boundary
 def get_local_paths_for_resources(
     uris: Iterable[StrPath],
     *,
@@ -6603,6 +6440,8 @@ def get_local_paths_for_resources(
                 results[text] = result
                 if isinstance(result, LocalizedResource) and result.status == "downloaded":
                     opt.meter.callback(result.size or 0)
+    except _Theirs as raised:
+        raise raised.error from raised.error.__cause__
     finally:
         opt.meter.close()
         if not ready:
@@ -6655,7 +6494,6 @@ class CacheManager:
         ``AIND_S3_CACHE_DIR``, else our own folder in the default place, with nothing of others.
     """
 
-    @_boundary
     def __init__(self, cache_dir: StrPath | None = None, *, persistent: bool = True) -> None:
         base = ""
         if cache_dir or persistent:
@@ -6689,13 +6527,11 @@ class CacheManager:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @_boundary
     def close(self) -> None:
         """Remove the directory if it is a temporary one."""
         if self._remove:
             self._remove()
 
-    @_boundary
     def entries(self) -> list[CacheEntry]:
         """Return all that the cache holds: objects, trees, partial files.
 
@@ -6712,7 +6548,6 @@ class CacheManager:
         found = [unit.entry for unit in self._keeper.units()]
         return sorted(found, key=lambda entry: entry.last_used, reverse=True)
 
-    @_boundary
     def size(self) -> int:
         """Return the bytes that the cache takes on disk, hard links counted once."""
         inodes: dict[tuple[int, int], int] = {}
@@ -6720,7 +6555,6 @@ class CacheManager:
             inodes.update(unit.inodes)
         return sum(inodes.values())
 
-    @_boundary
     def prune(
         self,
         max_age_days: float | None = None,
@@ -6759,7 +6593,6 @@ class CacheManager:
         age = None if max_age_days is None else max_age_days * 86400.0
         return self._keeper.prune(age, max_size_bytes, dry_run)
 
-    @_boundary
     def verify(self) -> list[CacheEntry]:
         """Read every object back and compare it with the checksum in its name.
 
@@ -6777,7 +6610,6 @@ class CacheManager:
         """
         return self._keeper.verify()
 
-    @_boundary
     def clear(self) -> None:
         """Remove everything of ours, and nothing else.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import pickle
@@ -33,12 +34,6 @@ AWS_HOSTS = [
     f"{star}s3.{region}amazonaws.com" for star in ("*.", "") for region in ("", "us-west-2.")
 ]
 
-LIMIT = """
-import signal
-def late(*_): raise TimeoutError("the caller's")
-signal.signal(signal.SIGALRM, late)
-"""  # the usual limit of time: an error that a socket or a file may raise, too
-
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Spawn = Callable[..., "subprocess.Popen[str]"]
 
@@ -47,6 +42,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "leftovers: may leave temporary files (it kills a process)")
     # A shell starts a background job with Ctrl-C ignored, and each of its children inherits that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("boto3"):
+        return
+    for item in items:
+        if item.get_closest_marker("boto3"):
+            item.add_marker(pytest.mark.skip(reason="boto3 is not installed"))
 
 
 # ==== Around every test =======================================================================

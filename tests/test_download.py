@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, LIMIT, Run, new_client
+from conftest import BUCKET, Run, new_client
 from server import CLOSE, RESET, STALL, Answer, Request, Server, chunked, pick_range
 from subject import name as subject_name
 from subject import s3c
@@ -972,8 +972,10 @@ def test_ctrl_c_ends_within_a_second_whatever_the_server_does(
     assert_unpublished(cache)
 
 
-LATE = f"""{LIMIT}
-import SUBJECT as s3c, sys
+LATE = """
+import SUBJECT as s3c, signal, sys
+def late(*_): raise TimeoutError("the caller's")
+signal.signal(signal.SIGALRM, late)
 get = lambda: s3c.get_local_path_for_resource(sys.argv[2], cache_dir=sys.argv[1])
 if len(sys.argv) > 3: get()
 signal.setitimer(signal.ITIMER_REAL, 0.7)
@@ -1008,8 +1010,9 @@ def test_a_limit_of_time_is_kept_amid_a_slow_answer_over_tls(
     assert run_python(LATE, cache, uri).stdout == "TimeoutError the caller's\n"
 
 
-LATE_BY = f"""{LIMIT}
-import SUBJECT as s3c, functools, sys
+LATE_BY = """
+import SUBJECT as s3c, functools, signal, sys
+def late(*_): raise TimeoutError("the caller's")
 class Late: __call__ = late
 def once(*_):
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

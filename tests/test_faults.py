@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, LIMIT
+from conftest import BUCKET
 from server import Server
 from subject import s3c
 
@@ -234,7 +234,10 @@ def test_what_matters_is_an_error_with_its_number(what: str, under: Any, cache: 
     assert [path for path in cache.rglob(".t*") if path.name[:2] == ".t"] == []
 
 
-LATE = f"""{LIMIT}
+LATE = """
+import signal
+def late(*_): raise TimeoutError("the caller's")
+signal.signal(signal.SIGALRM, late)
 def limited():
     try: get()
     except TimeoutError as error: return error

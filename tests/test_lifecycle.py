@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import errno
 import hashlib
 import os
@@ -13,13 +12,12 @@ import sys
 import threading
 import time
 import zipapp
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import LIMIT, SUBJECT_FILE, Run, Spawn
+from conftest import SUBJECT_FILE, Run, Spawn
 from server import Server
 from subject import name as subject_name
 from subject import s3c
@@ -139,72 +137,44 @@ def test_interrupts_amid_other_threads_leave_them_their_turns_and_hardly_a_socke
     assert run_python(INTERRUPTED_OFTEN, cache, *uris).stdout == "False True\n"
 
 
-AMID = f"""{LIMIT}
-import SUBJECT as s3c, inspect, os, sys, threading
-last, told = [], []
-def interrupt(step, number, is_watched, act):
+AMID_CALL = """
+import SUBJECT as s3c, inspect, os, signal, sys, threading
+name, cache, uri, last, told = *sys.argv[1:], [], []
+class Late(Exception): pass
+def late(*_): raise Late
+number, error = (signal.SIGINT, KeyboardInterrupt) if name == "Ctrl-C" else (signal.SIGALRM, Late)
+signal.signal(signal.SIGALRM, late)
+def get(where): return s3c.get_local_path_for_resource(uri, cache_dir=where)
+def interrupt(step, where):
     def trace(frame, event, function):
         code = frame.f_code
+        is_ours = code.co_filename == s3c.__file__ and not code.co_flags & inspect.CO_GENERATOR
         if getattr(function, "__name__", "") == "__enter__": return  # `with` itself, in 3.15
-        if code.co_flags & inspect.CO_GENERATOR: return  # it may be its end
-        if event in ("call", "c_return") and is_watched(code.co_filename):
+        if event in ("call", "c_return") and is_ours:
             last.append((code.co_name, frame.f_lineno))
             if len(last) == step: signal.raise_signal(number)
     sys.setprofile(trace)
-    try: act()
-    except (KeyboardInterrupt, TimeoutError) as error: told.append(error)
+    try: get(where)
+    except error: told.append(error)
     finally: sys.setprofile(None)
-def sweep(child, stride=1):
-    for step in range(1, 9999, stride):
-        pid = os.fork()
-        if not pid:
-            is_good, came = child(step), len(last) >= step
-            if came and not (told and is_good):
-                print("interrupted in", *last[step - 1], flush=True)
-            os._exit(not came)
-        if os.waitpid(pid, 0)[1]: break
-    print(step > 100)
-"""
-
-AMID_CALL = f"""{AMID}
-name, cache, uri = sys.argv[1:]
-number = signal.SIGINT if name == "Ctrl-C" else signal.SIGALRM
-is_ours = lambda file: file == s3c.__file__
-def get(where): return s3c.get_local_path_for_resource(uri, cache_dir=where)
 def child(step):
-    where = f"{{cache}}/{{step}}"
-    interrupt(step, number, is_ours, lambda: get(where))
+    where = f"{cache}/{step}"
+    interrupt(step, where)
     other = threading.Thread(target=get, args=(where,), daemon=True)
     other.start()
     other.join(5)
     get(where)
-    return not (other.is_alive() or s3c._FLIGHTS or s3c._TURN._taken or s3c._TURN._here.inside)
+    came = len(last) >= step
+    left = s3c._FLIGHTS or s3c._TURN._taken or s3c._TURN._here.inside
+    if came and (other.is_alive() or left or not told):
+        print("interrupted in", *last[step - 1], flush=True)
+    os._exit(not came)
 get(cache)  # imports
-sweep(child)
-"""
-
-AMID_WORK = f"""{AMID}
-import shutil
-way, cache, uri = sys.argv[1:]
-is_files = lambda file: not file.startswith("<str") and "importlib" not in file
-def get(): return s3c.get_local_path_for_resource(uri, cache_dir=where)
-where = cache
-get()
-works = dict(
-    again=get,
-    verify=lambda: s3c.CacheManager(where).verify(),
-    prune=lambda: s3c.CacheManager(where).prune(max_size_bytes=0, dry_run=True),
-    clear=lambda: s3c.CacheManager(where).clear(),
-)
-def child(step):
-    global where
-    where = f"{{cache}}-{{step}}"
-    shutil.copytree(cache, where)
-    interrupt(step, signal.SIGALRM, is_files, works[way])
-    return True
-works[way]()  # imports
-get()
-sweep(child, 3)
+for step in range(1, 2000):
+    pid = os.fork()
+    if not pid: child(step)
+    if os.waitpid(pid, 0)[1]: break
+print(step > 100)
 """
 
 
@@ -215,102 +185,6 @@ def test_wherever_a_signals_error_comes_it_is_raised_and_other_threads_get_the_o
 ) -> None:
     """At each of our calls, and after each of those into C: that is where Python looks for one."""
     assert run_python(AMID_CALL, name, cache, publish(b"x"), timeout=100).stdout == "True\n"
-
-
-@posix
-@pytest.mark.parametrize("way", ["again", "verify", "prune", "clear"])
-def test_a_limit_of_time_is_kept_wherever_files_are_worked_on(
-    way: str, publish: Publish, run_python: Run, cache: Path
-) -> None:
-    """Its error is what a file raises that is gone: past one of those we go on."""
-    tree = publish(b"x", key="tree/a").rpartition("a")[0]
-    assert run_python(AMID_WORK, way, cache, tree, timeout=100).stdout == "True\n"
-
-
-INTERRUPTED_FIRST = f"""
-{INTERRUPTED}
-way = sys.argv.pop(1)
-cache, *uris = sys.argv[1:]
-if way == "json":
-    get = s3c.get_json
-elif way == "tree":
-    uris = [os.path.dirname(uri) + "/" for uri in uris]
-else:
-    path = get
-    get = lambda uri: path(uri).path
-for _ in range(60):
-    pid = os.fork()  # a process that has not imported socket yet
-    if not pid:
-        faulthandler.dump_traceback_later(10, exit=True)
-        once()
-        os._exit(0)
-    print(os.waitpid(pid, 0)[1])
-"""
-
-
-@posix
-@pytest.mark.parametrize("way", ["path", "json", "tree"])
-def test_an_interrupt_amid_the_first_requests_of_many_threads_leaves_no_import_undone(
-    way: str, publish: Publish, run_python: Run, cache: Path
-) -> None:
-    uris = [publish(b"{}", key=f"k{n}/data.json") for n in range(5)]
-    done = run_python(INTERRUPTED_FIRST, way, cache, *uris, timeout=100)
-    assert (done.stderr, set(done.stdout.split())) == ("", {"0"})
-
-
-AMID_IMPORT = f"""{LIMIT}
-import SUBJECT as s3c, os, sys
-way, name, uri, cache = sys.argv[1:]
-get = lambda: s3c.get_local_path_for_resource(uri, cache_dir=cache).path
-is_whole = lambda: hasattr(sys.modules.get(name), "__all__")
-is_default = lambda: signal.getsignal(signal.SIGINT) is signal.default_int_handler
-class Finder:
-    def find_spec(self, found, *_):
-        if found == name: os.kill(os.getpid(), number)
-number = signal.SIGALRM if way == "late" else signal.SIGINT
-for found in list(sys.modules):  # coverage has imported much already
-    if (found + ".").startswith(name + "."): del sys.modules[found]
-if way == "handler": signal.signal(signal.SIGINT, lambda *_: print(is_whole()))
-sys.meta_path.insert(0, Finder())
-try: print(get().read_text())
-except (KeyboardInterrupt, TimeoutError): print(is_whole(), is_default(), get().read_text())
-"""
-
-
-@pytest.mark.parametrize("name", ["hashlib", "socket", "urllib.parse", "pathlib"])
-@pytest.mark.parametrize("way", ["ctrl-c", pytest.param("late", marks=posix)])
-def test_an_interrupt_or_a_limit_of_time_comes_after_the_imports(
-    way: str, name: str, publish: Publish, run_python: Run, cache: Path
-) -> None:
-    done = run_python(AMID_IMPORT, way, name, publish(b"data"), cache)
-    assert done.stdout == "True True data\n"
-
-
-AMID_CERTIFICATES = f"""{LIMIT}
-import SUBJECT as s3c, sys
-def trace(frame, event, _):
-    if event == "call" and frame.f_code.co_name == "create_default_context":
-        signal.raise_signal(signal.SIGALRM)
-sys.setprofile(trace)
-try: s3c.get_json(sys.argv[1])
-except BaseException as error: print(repr(error))
-"""
-
-
-@posix
-def test_a_limit_of_time_comes_after_the_certificates_are_loaded(
-    tls_server: Server, publish: Publish, run_python: Run
-) -> None:
-    """Amid that, it was told as a bundle without a certificate."""
-    done = run_python(AMID_CERTIFICATES, publish({}))
-    assert done.stdout == 'TimeoutError("the caller\'s")\n'
-
-
-def test_a_handler_of_ones_own_is_called_after_the_imports(
-    publish: Publish, run_python: Run, cache: Path
-) -> None:
-    done = run_python(AMID_IMPORT, "handler", "hashlib", publish(b"data"), cache)
-    assert done.stdout == "True\ndata\n"
 
 
 AMID_WAIT = """
@@ -363,179 +237,6 @@ def test_a_wait_for_another_threads_download_holds_its_lock_whenever_an_interrup
     server.rate = 10 * MiB
     done = run_python(FLIGHT, "0", cache, publish(blob(12 * MiB)))
     assert done.stdout == "revalidated\n", done.stderr
-
-
-WATCHED = {"__enter__", "__exit__", "replace", "_instead", "restore", "end", "_deliver", "call"}
-
-
-@pytest.fixture
-def sigterm() -> Iterator[None]:
-    """A handler that raises a TimeoutError."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGTERM, late)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def interrupted_at(step: int, act: Callable[[], object], number: int) -> bool:
-    """Act, with a real signal at the nth bytecode: whether one came."""
-    left, before = [step], sys.gettrace()
-    kind = "line" if sys.version_info[:2] == (3, 12) else "opcode"  # 3.12.1 tells no opcodes
-
-    def trace(frame: Any, event: str, _: object) -> Any:
-        if frame.f_code.co_name not in WATCHED:
-            return None
-        frame.f_trace_opcodes = True
-        left[0] -= event == kind
-        if left[0] < 0:
-            sys.settrace(None)
-            signal.raise_signal(number)
-        return trace
-
-    sys.settrace(trace)
-    try:
-        act()
-    except (KeyboardInterrupt, TimeoutError):
-        return True
-    finally:
-        sys.settrace(before)
-    assert left[0] >= 0, "the signal is lost"
-    return False
-
-
-def handlers() -> list[object]:
-    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_anywhere_in_an_imports_begin_or_end_is_not_lost_and_keeps_nothing(
-    number: int, sigterm: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(s3c, "_SIGNALS", [signal.SIGTERM, signal.SIGINT])
-    step, imports, before = 0, s3c._Imports(), handlers()
-    while interrupted_at(step, lambda: imports.__enter__() or imports.__exit__(), number):
-        step += 1
-        with concurrent.futures.ThreadPoolExecutor(1) as other:
-            assert other.submit(imports._lock.acquire, blocking=False).result(), step
-            other.submit(imports._lock.release).result()
-        assert (imports._depth, imports._deferral) == (0, None), step
-        assert handlers() == before, step
-    assert step > 15
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_anywhere_in_the_begin_or_end_of_a_call_is_told_and_keeps_nothing(
-    number: int, sigterm: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(s3c, "_SIGNALS", [signal.SIGTERM, signal.SIGINT])
-    step, before = 0, handlers()
-    while interrupted_at(step, s3c._boundary(int), number):
-        step += 1
-        assert handlers() == before, step
-    assert step > 15
-
-
-def test_what_fails_on_the_way_out_does_not_stand_for_a_limit_of_time(sigterm: None) -> None:
-    """As in `shutil.rmtree`, which before 3.13 may close a file again."""
-
-    def act() -> None:
-        with s3c._Disk("a file"):
-            try:
-                signal.raise_signal(signal.SIGTERM)
-            finally:
-                os.close(-1)
-
-    with pytest.raises(TimeoutError):
-        s3c._boundary(act)()
-
-
-def test_of_two_signals_amid_an_import_each_handler_is_called(sigterm: None) -> None:
-    with pytest.raises(TimeoutError) as caught, s3c._Imports():
-        list(map(signal.raise_signal, [signal.SIGINT, signal.SIGTERM]))
-    assert isinstance(caught.value.__context__, KeyboardInterrupt)
-
-
-def leave_with_a_pause(section: Any, step: int) -> None:
-    """Enter, and exit when the main thread waits too, with a pause at the nth bytecode of that."""
-    left = [step]
-
-    def trace(frame: Any, event: str, _: object) -> Any:
-        frame.f_trace_opcodes = True
-        left[0] -= event == "opcode"
-        if left[0] == -1:
-            time.sleep(0.02)
-        return trace
-
-    with section:
-        while not section._deferral:
-            time.sleep(0.001)
-        sys.settrace(trace)
-    sys.settrace(None)
-
-
-def test_the_main_threads_import_may_end_amid_the_end_of_anothers() -> None:
-    imports = s3c._Imports()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        for step in range(60):
-            other = pool.submit(leave_with_a_pause, imports, step)
-            while not imports._depth:
-                time.sleep(0.001)
-            with imports:
-                pass
-            other.result(5)
-
-
-FORK_AMID_IMPORT = """
-import SUBJECT as s3c, os, signal, sys, threading
-imports = s3c._IMPORTS
-def fork():
-    pid = os.fork()
-    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not pid: os._exit(is_default and s3c._IMPORTS is not imports)
-    print(os.waitpid(pid, 0)[1] >> 8)
-thread = threading.Thread(target=fork)
-try:
-    with imports:
-        if sys.argv[1] == "missed": signal.raise_signal(signal.SIGINT)
-        thread.start()
-        thread.join()
-except KeyboardInterrupt: print("interrupted")
-"""
-
-
-@posix
-@pytest.mark.parametrize(("missed", "told"), [("none", ""), ("missed", "interrupted\n")])
-def test_a_child_that_another_thread_forked_amid_the_imports_can_be_interrupted(
-    missed: str, told: str, run_python: Run
-) -> None:
-    """A Ctrl-C that waits is the parent's: in the child it would come amid what a fork mends."""
-    assert run_python(FORK_AMID_IMPORT, missed).stdout == "1\n" + told
-
-
-FORK_AMID_CALL = f"""{LIMIT}
-import SUBJECT as s3c, os, sys, threading
-uri, cache = sys.argv[1:]
-def fork():
-    pid = os.fork()
-    if pid: return print(os.waitpid(pid, 0)[1] >> 8)
-    try: signal.raise_signal(signal.SIGALRM)
-    except TimeoutError: os._exit(3)
-def progress(_):
-    thread = threading.Thread(target=fork)
-    thread.start()
-    thread.join()
-s3c.get_local_path_for_resource(uri, cache_dir=cache, progress=progress)
-"""
-
-
-@posix
-def test_a_limit_of_time_is_raised_as_it_is_in_a_child_that_another_thread_forked_amid_a_call(
-    publish: Publish, run_python: Run, cache: Path
-) -> None:
-    assert run_python(FORK_AMID_CALL, publish(b"x"), cache).stdout == "3\n"
 
 
 FORK_WITHIN = """

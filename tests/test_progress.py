@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, LIMIT, SUBJECT_FILE, Run
+from conftest import BUCKET, SUBJECT_FILE, Run
 from server import RESET, Server
 from subject import name as subject_name
 from subject import s3c
@@ -69,29 +69,6 @@ def test_what_progress_raises_is_the_callers(
         get(publish(b"x", "small").replace("small", key), cache, progress=fail)
     assert caught.value in raised
     assert str(caught.value) == str(error())
-
-
-OWN_LIMIT = f"""{LIMIT}
-import SUBJECT as s3c, sys, time
-uri, cache = sys.argv[1:]
-def patiently(*_):
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
-    try: time.sleep(9)
-    except TimeoutError: print("enough")
-def uris():
-    patiently()
-    yield uri
-s3c.get_local_path_for_resource(uri, cache_dir=cache, progress=patiently)
-print(s3c.get_local_paths_for_resources(uris(), cache_dir=cache)[0].status)
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="such limits are of POSIX")
-def test_a_limit_of_time_within_what_the_caller_gave_us_to_call_is_its_own(
-    publish: Publish, run_python: Run, cache: Path
-) -> None:
-    done = run_python(OWN_LIMIT, publish(b"x"), cache)
-    assert done.stdout == "enough\nenough\nrevalidated\n"
 
 
 def test_the_sum_holds_after_a_cut_connection(

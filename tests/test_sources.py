@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, LIMIT, Run, new_client
+from conftest import BUCKET, Run, new_client
 from server import CLOSE, STALL, Server, s3_error
 from subject import s3c
 
@@ -269,8 +269,10 @@ def test_a_given_client_is_used(cloud: Cloud, get: Get) -> None:
     client.close()
 
 
-LATE = f"""{LIMIT}
-import SUBJECT as s3c, sys
+LATE = """
+import SUBJECT as s3c, signal, sys
+def late(*_): raise TimeoutError("the caller's")
+signal.signal(signal.SIGALRM, late)
 get = lambda uri: s3c.get_json(uri, anonymous=False)
 try: get("s3://aind-open-data/nothing")  # imports
 except s3c.NotFoundError: pass
@@ -619,23 +621,6 @@ def test_a_broken_configuration_is_named_where_a_signature_is_asked_for(
     error = failing(get, publish({}), s3c.S3CacheError, anonymous=False)
     assert f"boto3 cannot be set up ({broken})" in str(error)
     assert server.seen == []
-
-
-AMID_CREDENTIALS = f"""{LIMIT}
-import boto3, SUBJECT as s3c, sys
-signal.setitimer(signal.ITIMER_REAL, 0.7)
-try: s3c.get_json(sys.argv[1], anonymous=False)
-except TimeoutError as error: print(error)
-"""
-
-
-@NEEDS_BOTO3
-@pytest.mark.skipif(os.name != "posix", reason="such limits are of POSIX")
-def test_a_limit_of_time_is_kept_while_boto3_waits_for_credentials(
-    home: Path, publish: Publish, run_python: Run
-) -> None:
-    (home / "no-config").write_text(PROCESS + '"import time; time.sleep(9)"')
-    assert run_python(AMID_CREDENTIALS, publish({})).stdout == "the caller's\n"
 
 
 @pytest.fixture
