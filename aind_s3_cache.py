@@ -116,7 +116,7 @@ def _path_class() -> type[Path]:
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Executor
     from io import FileIO
     from pathlib import Path, PurePath
@@ -181,11 +181,12 @@ _RETRY_TOKENS = 500  # per process, 5 a retry, 1 back per success: ends storms, 
 _WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
 _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
 _GROW_EVERY = 0.01  # seconds between two looks at that: by then a fast server has sent a megabyte
-_BATCH_WORKERS = 2  # threads of a batch to begin with, where it cannot ask ahead
 _BATCH_EVERY = 0.05  # seconds between two looks at how busy they are
 _BATCH_BUSY = 0.75  # share of that time on a CPU: above, more threads only fight
+_GLANCE = 1.0  # seconds for which a batch, which looks at each shard often, lists it once
 _BATCH_LIMIT = 32  # objects of a batch asked for at a time, where it waits for the network
-_AHEAD = 4  # requests sent together before their turn: eight at a time did not go faster
+_AHEAD = 16  # requests sent together, and answers read: code that is run again at once runs fast
+_AHEAD_TOGETHER = 0.02  # seconds for sending those: connecting to a far server takes longer
 _AHEAD_WITHIN = 0.5  # seconds that an object may take for that; a server does not wait for long
 _TURN_WAIT = 0.02  # seconds: a hundred short turns; on a slow file system a turn takes longer
 _CHANGES = 3  # times an object may change under a download before we say so
@@ -482,6 +483,15 @@ def _split_http(url: str) -> tuple[str, str, str, str]:
     return head + sep, authority, slash + path, rest[cut:]
 
 
+def _split_s3(uri: str) -> tuple[str, str]:
+    """Return bucket and key of a URI that begins with ``s3://``."""
+    bucket, _, key = uri[5:].partition("/")
+    if not 1 <= len(bucket) <= 255 or not _WORD.issuperset(bucket) or bucket[0] == ".":
+        shown = "" if "@" in uri else f" {_printable(bucket[:80])!r}"
+        raise ValueError(f"Not a valid S3 URI: no bucket can be called{shown} ({_S3_FORM})")
+    return bucket, key
+
+
 def parse_s3_uri(s3_uri: str) -> tuple[str, str]:
     """Split an S3 URI into bucket and exact key.
 
@@ -505,11 +515,7 @@ def parse_s3_uri(s3_uri: str) -> tuple[str, str]:
     text = _text(s3_uri)
     if _scheme(text) != "s3":
         raise ValueError(f"Not a valid S3 URI: {_redact_bad(text)!r} ({_S3_FORM})")
-    bucket, _, key = text[5:].partition("/")
-    if not 1 <= len(bucket) <= 255 or not _WORD.issuperset(bucket) or bucket[0] == ".":
-        shown = "" if "@" in text else f" {_printable(bucket[:80])!r}"
-        raise ValueError(f"Not a valid S3 URI: no bucket can be called{shown} ({_S3_FORM})")
-    return bucket, key
+    return _split_s3(text)
 
 
 def is_url(path_or_url: StrPath) -> bool:
@@ -660,7 +666,6 @@ _TARGET = frozenset(map(chr, range(0x21, 0x7F))) - frozenset('"<>\\^`{|}')
 _HOST = _WORD | frozenset(":[]")
 _ETAG_BARE = frozenset("0123456789abcdefghijklmnopqrstuvwxyz-")
 _HEX = frozenset("0123456789abcdef")
-_CONTROLS = bytes({*range(32), 127} - {9})
 
 # Region prefix -> DNS suffix, from botocore's partitions.json; any other region is amazonaws.com.
 _PARTITIONS = {
@@ -737,6 +742,14 @@ def _digits(text: str) -> int | None:
 _PORTS = {"http": 80, "https": 443}
 
 
+@lru_cache(maxsize=64)
+def _address(origin: Origin, full: bool = False) -> str:
+    """Return ``host:port``, without the port where it goes without saying, unless in full."""
+    scheme, host, port = origin
+    host = f"[{host}]" if ":" in host else host
+    return f"{host}:{port}" if full or port != _PORTS[scheme] else host
+
+
 class _Place:
     """Where a request goes: origin, request target, and what to log in as."""
 
@@ -747,14 +760,11 @@ class _Place:
 
     @property
     def address(self) -> str:
-        _, host, port = self.origin
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return _address(self.origin, True)
 
     @property
     def netloc(self) -> str:
-        scheme, _, port = self.origin
-        usual = port == _PORTS[scheme]
-        return self.address.rpartition(":")[0] if usual else self.address
+        return _address(self.origin)
 
     def login(self, header: str) -> str:
         """Return the header line that logs in here, "" where nobody has to."""
@@ -829,10 +839,12 @@ def _content_length(headers: dict[str, str]) -> int | None:
     raw = headers.get("content-length")
     if raw is None:
         return None
-    sizes = {_digits(part.strip()) for part in raw.split(",")}
-    size = sizes.pop()
-    if sizes or size is None:
-        raise TransferError(f"Malformed answer: Content-Length {_printable(raw[:80])!r}")
+    size = _digits(raw)
+    if size is None:
+        sizes = {_digits(part.strip()) for part in raw.split(",")}
+        size = sizes.pop()
+        if sizes or size is None:
+            raise TransferError(f"Malformed answer: Content-Length {_printable(raw[:80])!r}")
     return size
 
 
@@ -853,34 +865,40 @@ def _clean(value: str) -> bool:
     return value.isprintable() or not any((c < " " and c != "\t") or c == "\x7f" for c in value)
 
 
-@lru_cache(maxsize=256)
-def _field_name(name: str) -> str:
-    """Return a header's name in lower case; "" for folded lines and spaces before the colon."""
-    return name.lower() if name == name.strip() else ""  # RFC 9112, 5.1 and 5.2
+def _field(line: str) -> tuple[str, str]:
+    """Return a header's name in lower case, "" if it has none, and its value."""
+    name, colon, value = line.partition(":")
+    # No folded lines, no space before the colon (RFC 9112, 5.1 and 5.2); and a lone CR, LF or NUL
+    # in a value would smuggle headers when we send an ETag back.
+    whole = colon and name == name.strip() and _clean(value)
+    return (name.lower(), value.strip(" \t")) if whole else ("", "")
+
+
+_known_field = lru_cache(maxsize=512)(_field)  # most lines stand in the last answer, too
+
+
+def _bad_field(line: str) -> TransferError:
+    # Its value may be the URL that we asked for, with a token in the query.
+    name, colon, _ = line.partition(":")
+    name = name.strip()
+    told = f" {name[:80]!r}" if colon and _WORD.issuperset(name) else ""
+    return TransferError(f"Malformed answer: header{told}")
 
 
 def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     """Return status, headers by lower-case name, and whether the peer speaks HTTP/1.1."""
-    lines = head.decode("latin-1").split("\r\n")
-    clean = len(head.translate(None, _CONTROLS)) == len(head) - 2 * (len(lines) - 1)
-    version, _, rest = lines[0].partition(" ")
-    status = _digits(rest[:3])
-    known = version in ("HTTP/1.1", "HTTP/1.0") and (clean or _clean(rest))
-    if not known or not status or len(rest.split(" ")[0]) != 3:
+    first, *lines = head.decode("latin-1").split("\r\n")
+    version, code, after, reason = first[:9], first[9:12], first[12:13], first[13:]
+    whole = version in ("HTTP/1.1 ", "HTTP/1.0 ") and after in ("", " ") and _clean(reason)
+    if not whole or not code.isascii() or not code.isdigit() or len(code) < 3 or code == "000":
         raise TransferError("Malformed answer: not HTTP/1.x", retry="soon")
     headers: dict[str, str] = {}
-    for line in lines[1:]:
-        field, colon, value = line.partition(":")
-        name = colon and _field_name(field)
-        # A lone CR, LF or NUL in a value would smuggle headers when we send an ETag back.
-        if not name or not (clean or _clean(value)):
-            # Its value may be the URL that we asked for, with a token in the query.
-            field = field.strip()
-            told = f" {field[:80]!r}" if colon and _WORD.issuperset(field) else ""
-            raise TransferError(f"Malformed answer: header{told}")
-        value = value.strip(" \t")
+    for line in lines:
+        name, value = _known_field(line) if len(line) < 256 else _field(line)
+        if not name:
+            raise _bad_field(line)
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return status, headers, version == "HTTP/1.1"
+    return int(code), headers, version == "HTTP/1.1 "
 
 
 def _etag(headers: dict[str, str]) -> str | None:
@@ -892,7 +910,7 @@ def _etag(headers: dict[str, str]) -> str | None:
     tag = headers.get("etag", "")
     bare = tag.removeprefix("W/")
     bare = bare[1:-1] if len(bare) > 1 and bare[0] == bare[-1] == '"' else bare
-    usable = bare and tag != "*" and '"' not in bare and ", " not in bare and _clean(tag)
+    usable = bare and tag != "*" and '"' not in bare and ", " not in bare and tag.isprintable()
     return tag if usable and len(tag.encode()) <= 80 else None
 
 
@@ -1167,10 +1185,6 @@ class _Turn:
         self._next: list[_Waiter] = []
         self._taken, self._given = False, 0
 
-    def _begin_round(self) -> None:
-        if not self._round:
-            self._round, self._next = self._next, []
-
     def _take(self, ahead: Callable[[], None] | None = None) -> bool:
         with self._mutex:
             if not self._taken:
@@ -1205,7 +1219,8 @@ class _Turn:
         """Pass the turn on."""
         with self._mutex:
             self._taken, self._given = False, self._given + 1
-            self._begin_round()
+            if not self._round:
+                self._round, self._next = self._next, []
             for waiter in reversed(self._round):
                 if not waiter.busy:
                     self._taken = waiter.given = True
@@ -1233,19 +1248,23 @@ class _Turn:
             self.leave()
             self._here.inside = False
 
-    @property
-    def awaited(self) -> bool:
-        """Tell whether others wait for the turn that this thread has."""
-        return bool(self._round or self._next) and self._here.held
-
-    def work_ahead(self) -> None:
-        """Do for those that are next what they let us do, before we wait ourselves."""
-        if not self.awaited:
+    def pause(self, connection: _Connection) -> None:
+        """Let others work, if this thread is about to wait for an answer."""
+        if not self._here.held:
             return
+        if self._round or self._next:
+            self._work_ahead()
+            if not connection.tls and connection.ready():
+                return  # no need to wait
+        self.leave()
+
+    def _work_ahead(self) -> None:
+        """Do for those that are next what they let us do, before we wait ourselves."""
         busy: list[None] = [None]
         try:
             with self._mutex:
-                self._begin_round()
+                if not self._round:
+                    self._round, self._next = self._next, []
                 ready = self._round and self._round[-1].ahead
                 waiters = self._round[: -_AHEAD - 1 : -1] if ready else []
                 for waiter in waiters:
@@ -1296,12 +1315,27 @@ def _is_of_handler(error: Exception) -> bool:
     return False
 
 
+def _readiness(sock: Socket) -> Callable[[], object]:
+    """Return a function that tells, without waiting, whether a socket has something to read."""
+    import select
+
+    if hasattr(select, "poll"):  # select refuses descriptors above 1023
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return partial(poll.poll, 0)
+    return lambda: select.select([sock], [], [], 0)[0]
+
+
 class _Connection:
     """One socket, what was read of it too far, and the pool's notes about it."""
 
-    __slots__ = ("data", "idle_since", "key", "slow_bytes", "slow_since", "sock", "switch", "tls")
+    __slots__ = (
+        "data", "idle_since", "key", "ready", "slow_bytes", "slow_since", "sock", "switch", "tls",
+    )  # fmt: skip
 
     def __init__(self, sock: Socket, key: tuple[Any, ...]) -> None:
+        # Whether something has come; over TLS that may be less than a byte of an answer.
+        self.ready = _readiness(sock)
         self.sock, self.key, self.data = sock, key, b""
         self.idle_since = self.slow_since = time.monotonic()
         self.slow_bytes = 0
@@ -1318,31 +1352,11 @@ class _Connection:
         _POOL.open.discard(self)
         self.sock.close()
 
-    def release(self) -> None:
-        """Give the connection back after a complete answer."""
-        if self.switch:
-            self.switch.drop(self)
-            self.switch = None
-        if self.data:  # more than was announced: whatever it is, it answers no request of ours
-            self.close()
-        else:
-            _POOL.give(self)
-
-    def readable(self) -> bool:
-        """Tell whether something has come; over TLS that may be less than a byte of an answer."""
-        import select
-
-        if hasattr(select, "poll"):  # select refuses descriptors above 1023
-            poll = select.poll()
-            poll.register(self.sock, select.POLLIN)
-            return bool(poll.poll(0))
-        return bool(select.select([self.sock], [], [], 0)[0])
-
     def is_spoilt(self) -> bool:
         """Tell whether a kept connection has brought what nobody asked for, or its end."""
         sock: Any = self.sock
         try:
-            if not (self.tls and sock.pending()) and not self.readable():
+            if not (self.tls and sock.pending()) and not self.ready():
                 return False
             if self.tls:
                 sock.settimeout(0)
@@ -1458,6 +1472,10 @@ class _Pool:
         return self.take(key)
 
     def give(self, connection: _Connection) -> None:
+        """Keep a connection after a complete answer."""
+        if connection.switch:
+            connection.switch.drop(connection)
+            connection.switch = None
         connection.idle_since = time.monotonic()
         with self._lock:
             self._idle.append(connection)
@@ -1687,18 +1705,35 @@ class _Body:
     __slots__ = ("chunked", "connection", "keep", "left", "place")
 
     def __init__(
-        self, connection: _Connection, left: int | None, chunked: bool, keep: bool, place: _Place
+        self, connection: _Connection, place: _Place, bare: bool, headers: dict[str, str], new: bool
     ) -> None:
+        # How long it is (RFC 9112, 6.3); not chunked and None: the connection's end is its own.
+        self.left, self.chunked = _content_length(headers), False
+        coding = headers.get("transfer-encoding")
+        if bare:
+            self.left = 0
+        elif coding is not None:
+            if coding.lower() != "chunked":
+                text = _printable(coding[:80])
+                raise TransferError(f"Malformed answer: Transfer-Encoding {text!r}")
+            self.left, self.chunked = None, True
+        says = headers.get("connection", "").lower()
+        keep = "close" not in says if new else "keep-alive" in says
+        # Both lengths at once are how requests are smuggled: chunks win, the connection goes
+        # (RFC 9112, 6.1).
+        both = coding is not None and headers.pop("content-length", None) is not None
+        self.keep = keep and not both and (self.chunked or self.left is not None)
         self.connection: _Connection | None = connection
-        self.left, self.chunked, self.keep, self.place = left, chunked, keep, place
+        self.place = place
         connection.slow_since, connection.slow_bytes = time.monotonic(), 0
-        if left == 0:
+        if self.left == 0:
             self._end()
 
     def _end(self) -> None:
         connection, self.connection = self.connection, None
         if connection:
-            connection.release() if self.keep else connection.close()
+            # More than was announced, whatever it is, answers no request of ours.
+            _POOL.give(connection) if self.keep and not connection.data else connection.close()
 
     def stop(self) -> None:
         """Wake whoever reads."""
@@ -1708,8 +1743,9 @@ class _Body:
 
     def close(self) -> None:
         """Leave the body; what was not read takes its connection with it."""
-        self.keep = False
-        self._end()
+        connection, self.connection = self.connection, None
+        if connection:
+            connection.close()
 
     def _next_chunk(self, connection: _Connection) -> int:
         """Read a chunk's size line, and after the last chunk the trailers (RFC 9112, 7.1)."""
@@ -1785,51 +1821,13 @@ def _read_error(body: Reader) -> bytes:
     return _read_up_to(body, _ERROR_LIMIT, cut=True)
 
 
-def _framing(method: str, status: int, headers: dict[str, str]) -> tuple[int | None, bool]:
-    """Return (length, chunked) of a body (RFC 9112, 6.3); (None, False) is one that EOF ends."""
-    length = _content_length(headers)
-    if method == "HEAD" or status in (204, 304):
-        return 0, False
-    coding = headers.get("transfer-encoding")
-    if coding is None:
-        return length, False
-    if coding.lower() != "chunked":
-        raise TransferError(f"Malformed answer: Transfer-Encoding {_printable(coding[:80])!r}")
-    headers.pop("content-length", None)
-    return None, True
-
-
-def _read_answer(
-    connection: _Connection, place: _Place, method: str
-) -> tuple[int, dict[str, str], _Body]:
-    """Read the head of the answer to the request that was sent last."""
-    _TURN.work_ahead()
-    if connection.tls or not (_TURN.awaited and connection.readable()):
-        _TURN.leave()
-    deadline = time.monotonic() + _HEAD_TIMEOUT
-    for _ in range(10):  # informational answers (RFC 9110, 15.2); nobody sends more than one or two
-        status, headers, modern = _parse_head(connection.until(b"\r\n\r\n", deadline))
-        if status >= 200:
-            break
-    else:
-        raise TransferError("Malformed answer: endless 1xx")
-    _TURN.resume()
-    # Both lengths at once are how requests are smuggled: chunks win, the connection goes.
-    both = "transfer-encoding" in headers and "content-length" in headers  # RFC 9112, 6.1
-    left, chunked = _framing(method, status, headers)
-    says = headers.get("connection", "").lower()
-    keep = "close" not in says if modern else "keep-alive" in says
-    keep = keep and not both and (chunked or left is not None)
-    return status, headers, _Body(connection, left, chunked, keep, place)
-
-
 class _Exchange:
     """One GET or HEAD and its answer, on a kept connection if there is one.
 
     A kept connection may be dead and not know it: that costs one attempt on a new one, no retry.
     """
 
-    __slots__ = ("env", "fields", "key", "method", "place", "proxy", "sent", "switch")
+    __slots__ = ("env", "fields", "key", "method", "place", "proxy", "read", "sent", "switch")
 
     def __init__(
         self,
@@ -1844,6 +1842,7 @@ class _Exchange:
         self.switch = switch
         self.proxy: _Place | None = None
         self.sent: _Connection | None = None  # where the request is on its way
+        self.read: tuple[int, dict[str, str], _Body] | None = None  # of its answer, ahead
 
     def _route(self) -> None:
         """Find the proxy, and the key of the connections that go this way."""
@@ -1903,13 +1902,24 @@ class _Exchange:
             raise
 
     def _receive(self, connection: _Connection) -> tuple[int, dict[str, str], _Body]:
+        """Read the head of the answer to the request that was sent last."""
         try:
-            answer = _read_answer(connection, self.place, self.method)
+            _TURN.pause(connection)
+            deadline = time.monotonic() + _HEAD_TIMEOUT
+            for _ in range(10):  # informational ones (RFC 9110, 15.2); nobody sends more than two
+                status, headers, new = _parse_head(connection.until(b"\r\n\r\n", deadline))
+                if status >= 200:
+                    break
+            else:
+                raise TransferError("Malformed answer: endless 1xx")
+            _TURN.resume()
+            bare = self.method == "HEAD" or status in (204, 304)
+            body = _Body(connection, self.place, bare, headers, new)
         except BaseException:
             connection.close()
             raise
-        _log(_DEBUG, "%s %s: %d", self.method, self.place, answer[0])
-        return answer
+        _log(_DEBUG, "%s %s: %d", self.method, self.place, status)
+        return status, headers, body
 
     def send_ahead(self, connect: bool) -> bool:
         """Send the request, to read the answer later; without `connect` on a kept connection only.
@@ -1930,36 +1940,49 @@ class _Exchange:
         self.sent = connection
         return connection is not None
 
+    def read_ahead(self) -> None:
+        """Read the head of the answer to a request that was sent ahead, if it has come."""
+        sent = self.sent
+        if sent and sent.ready():
+            try:
+                self.read = self._receive(sent)
+                self.sent = None
+            except OSError:  # of a connection that is closed now, and so asked again
+                pass
+
     def close(self) -> None:
         """Leave a request that was sent ahead, if nobody wants its answer."""
         sent, self.sent = self.sent, None
-        if sent:
+        read, self.read = self.read, None
+        if read:
+            read[2].close()
+        elif sent:
             sent.close()
-
-    def _converse(self) -> tuple[int, dict[str, str], _Body]:
-        sent, self.sent = self.sent, None
-        if not sent:
-            self._route()
-        kept = sent or _POOL.take(self.key)
-        if kept:
-            try:
-                if not sent:
-                    self._send(kept)
-                return self._receive(kept)
-            except OSError as error:
-                ours = isinstance(error, S3CacheError)  # it is told already what went wrong
-                if ours or _timed_out(error) or _is_of_handler(error):
-                    raise
-        if self.switch:
-            self.switch.check()
-        new = self._connect()
-        self._send(new)
-        return self._receive(new)
 
     def answer(self) -> tuple[int, dict[str, str], _Body]:
         """Return status, headers and body; of what sockets and TLS raise, only errors of ours."""
+        read, self.read = self.read, None
+        if read:
+            return read
+        sent, self.sent = self.sent, None
         try:
-            return self._converse()
+            if not sent:
+                self._route()
+            kept = sent or _POOL.take(self.key)
+            if kept:
+                try:
+                    if not sent:
+                        self._send(kept)
+                    return self._receive(kept)
+                except OSError as error:
+                    ours = isinstance(error, S3CacheError)  # it is told already what went wrong
+                    if ours or _timed_out(error) or _is_of_handler(error):
+                        raise
+            if self.switch:
+                self.switch.check()
+            new = self._connect()
+            self._send(new)
+            return self._receive(new)
         except (OSError, ValueError) as error:
             if self.switch:
                 self.switch.check()
@@ -2091,12 +2114,13 @@ class _Ask:
         stop: int | None = None,
         *,
         if_match: str | None = None,
+        if_none_match: str | None = None,
+        if_modified_since: str | None = None,
         switch: _Stop | None = None,
     ) -> None:
         self.span = None if stop is None else f"bytes={start}-{stop - 1}"
-        self.if_match, self.switch = if_match, switch
-        self.if_none_match: str | None = None
-        self.if_modified_since: str | None = None
+        self.if_match, self.if_none_match = if_match, if_none_match
+        self.if_modified_since, self.switch = if_modified_since, switch
 
     @property
     def fields(self) -> str:
@@ -2195,6 +2219,7 @@ class _HTTP(_Source):
         return _Exchange(self.place, self.env, ask.fields, switch=ask.switch)
 
 
+@lru_cache(maxsize=16)
 def _endpoint_place(endpoint: str) -> _Place:
     try:
         return _place(endpoint)
@@ -2665,7 +2690,7 @@ def _target(text: str) -> _Target:
         return _Target("http", text)
     if scheme != "s3":
         return _Target("local", text)
-    bucket, key = parse_s3_uri(text)
+    bucket, key = _split_s3(text)
     _check_key(key)
     if not key:
         raise ValueError(f"Not a valid S3 URI of an object: {text!r} ({_S3_FORM})")
@@ -2694,7 +2719,7 @@ class _Access:
     ) -> Iterator[_Source]:
         """Yield the sources to try: the next one is for a caller that was refused.
 
-        ``made`` is the unsigned source that a look has already made: it serves again.
+        ``made`` is the unsigned source that was made before: it serves again.
         """
         if target.kind == "http":
             yield made or _HTTP(target.text, self.env)
@@ -2703,15 +2728,20 @@ class _Access:
         if client is None and self.signs(bucket):
             required = self.anonymous is False and not self.offline
             client = _own_client(required, self.env.endpoint, self.offline)
-        if client is None:
-            if bucket.endswith(_DIRECTORY_BUCKET) and not self.offline:
-                raise ValueError("Directory buckets need signed requests: use anonymous=False")
-            yield made or _Unsigned(bucket, key, version, self.env)
-            if self.anonymous or self.offline:
-                return
-            client = _own_client(False, self.env.endpoint)
         if client is not None:
             yield _Signed(client, bucket, key, version, own=self.client is None)
+            if self.client is not None or self.anonymous is False:
+                return
+            # Of another object, or of keys that were good then: ask from the beginning.
+            _SIGNED_BUCKETS.discard((self.env.endpoint, bucket))
+        if bucket.endswith(_DIRECTORY_BUCKET) and not self.offline:
+            raise ValueError("Directory buckets need signed requests: use anonymous=False")
+        yield made or _Unsigned(bucket, key, version, self.env)
+        if self.anonymous or self.offline:
+            return
+        client = _own_client(False, self.env.endpoint)
+        if client is not None:
+            yield _Signed(client, bucket, key, version, own=True)
 
     def _why_unsigned(self) -> str:
         if self.anonymous:
@@ -2728,9 +2758,6 @@ class _Access:
         made: _Source | None = None,
     ) -> T:
         """Act on the first source; where it is refused, on the next. Remember who was let in."""
-        bucket = self.env.endpoint, target.bucket
-        chain = self.anonymous is None and self.client is None
-        remembered = chain and bucket in _SIGNED_BUCKETS
         sources = self.sources(target, version, made)
         source = next(sources)
         while True:
@@ -2738,12 +2765,6 @@ class _Access:
                 result = act(source)
             except AccessDeniedError as error:
                 following = next(sources, None)
-                if following is None and remembered:
-                    # Of another object, or of keys that were good then: ask from the beginning.
-                    remembered = False
-                    _SIGNED_BUCKETS.discard(bucket)
-                    sources = self.sources(target, version)
-                    following = next(sources)
                 if following is None:
                     if error.code == "AccessDenied" and not source.signed:
                         error.hint = f"{error.hint}. {self._why_unsigned()}"
@@ -2753,8 +2774,8 @@ class _Access:
                 error.uri = error.uri or source.uri
                 raise
             else:
-                if chain and source.signed:
-                    _SIGNED_BUCKETS.add(bucket)
+                if source.signed and self.anonymous is None and self.client is None:
+                    _SIGNED_BUCKETS.add((self.env.endpoint, target.bucket))
                 return result
 
 
@@ -2803,6 +2824,8 @@ def _crcs(data: bytes | memoryview) -> bytes:
     """Return the CRC32s of the chunks of data, one after the other."""
     from zlib import crc32
 
+    if 0 < len(data) <= _CHUNK:
+        return crc32(data).to_bytes(4, "big")
     starts = range(0, len(data), _CHUNK)
     return b"".join([crc32(data[at : at + _CHUNK]).to_bytes(4, "big") for at in starts])
 
@@ -2890,6 +2913,8 @@ def _pull(source: _Source, answer: _Answer, sink: _Sink, stop: int, patience: _P
                 if not size:
                     raise TransferError("Body cut short", uri=source.uri, retry="soon")
                 sink.took(size)
+                if sink.at == stop:
+                    return
                 if sink.at > best and _is_strong(etag):  # what comes again is no progress
                     best = sink.at
                     patience.progress()
@@ -3054,6 +3079,13 @@ def _disk_error(error: OSError, path: str, need: int = 0) -> CacheError:
     return CacheError(message, errno=number, hint=hint or None)
 
 
+def _raise_ours(error: BaseException, path: str, need: int) -> None:
+    """Raise the CacheError for an error of the file system; let any other be."""
+    ours = isinstance(error, S3CacheError)
+    if isinstance(error, OSError) and not ours and not _is_of_handler(error):
+        raise _disk_error(error, path, need) from None
+
+
 class _Disk:
     """Turns the errors of the file system within a block into a CacheError that says enough."""
 
@@ -3064,9 +3096,8 @@ class _Disk:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        ours = isinstance(error, S3CacheError)
-        if isinstance(error, OSError) and not ours and not _is_of_handler(error):
-            raise _disk_error(error, self._path, self._need) from None
+        if error:
+            _raise_ours(error, self._path, self._need)
 
 
 _SERIAL = itertools.count()
@@ -3074,17 +3105,13 @@ _SERIAL = itertools.count()
 
 @lru_cache(maxsize=1)
 def _process_id() -> str:
+    """Return what, with a serial number, no other process, thread or host makes a name of."""
     return os.urandom(8).hex()
-
-
-def _random() -> str:
-    """Return a name that no other process, thread or host makes."""
-    return f"{_process_id()}{next(_SERIAL):x}"
 
 
 def _aside(directory: str) -> str:
     """Return a path for what is being made or removed there; the sweep collects it if we die."""
-    return f"{directory}{os.sep}.t{_random()}"
+    return f"{directory}{os.sep}.t{_process_id()}{next(_SERIAL):x}"
 
 
 def _is_aside(path: str) -> bool:
@@ -3124,8 +3151,9 @@ def _validator(answer: _Answer) -> str:
 def _owner(private: bool) -> str:
     """Return whose an entry is as it stands in a name: ``o``, of all, or ``p`` and a uid."""
     # Users who share a cache would else replace each other's private entries.
-    uid = os.geteuid() if hasattr(os, "geteuid") else 0
-    return f"p{uid:x}" if private else "o"
+    if not private:
+        return "o"
+    return f"p{os.geteuid():x}" if hasattr(os, "geteuid") else "p0"
 
 
 class _Entry:
@@ -3222,32 +3250,26 @@ def _sync(fd: int) -> None:
             raise
 
 
-def _rename(source: str, target: str) -> None:
-    """Rename, as patiently as Windows wants it: a scanner may hold a file for a moment."""
-    for pause in (0.0, 0.02, 0.1, 0.3, 0.6):
-        if pause:
-            time.sleep(pause)
-        try:
-            return os.replace(source, target)
-        except IsADirectoryError:  # none of ours: aside with it, where the sweep finds it
-            os.rename(target, _aside(os.path.dirname(target)))
-        except PermissionError:
-            if os.name != "nt":
-                raise
-    os.replace(source, target)
-
-
 def _publish(temporary: str, final: str) -> str:
     """Make a whole file visible. If a peer took it away: use what it published, or start anew."""
-    try:
-        _rename(temporary, final)
-    except FileNotFoundError:
-        if not _Entry(final).check():
-            raise _Changed from None
-    except PermissionError:  # a peer reads it on Windows, or owns it in a sticky directory
-        if not _Entry(final).check():
-            raise
-        _unlink(temporary)
+    for pause in (0.02, 0.1, 0.3, 0.6):  # Windows: a scanner may hold a file for a moment
+        try:
+            os.replace(temporary, final)
+            return final
+        except FileNotFoundError:
+            if not _Entry(final).check():
+                raise _Changed from None
+            return final
+        except IsADirectoryError:  # none of ours: aside with it, where the sweep finds it
+            os.rename(final, _aside(os.path.dirname(final)))
+        except PermissionError:  # a peer reads it on Windows, or owns it in a sticky directory
+            if _Entry(final).check():
+                _unlink(temporary)
+                return final
+            if os.name != "nt":
+                raise
+            time.sleep(pause)
+    os.replace(temporary, final)
     return final
 
 
@@ -3264,6 +3286,7 @@ def _checksum_of_file(path: str) -> str:
         return _checksum(b"".join(map(_crcs, iter(partial(file.read, _CHUNK), b""))))
 
 
+_SAFE_ROOTS: set[str] = set()  # where nobody else can plant them
 _KNOWN_ROOTS: dict[str, tuple[int, ...]] = {}  # root -> what it was when found safe
 _PARTIAL_LOOKS: dict[str, tuple[float, bool]] = {}  # root -> when, and what, `recently_partial` saw
 
@@ -3359,6 +3382,7 @@ class _Store:
         self.objects, self.partial = below + "objects", below + "partial"
         self.trees, self.locks = below + "trees", below + "locks"
         self._found = False  # looked at once for each store, and so for each call
+        self._listed: dict[str, tuple[float, list[str]]] = {}  # shard -> when, and what
 
     def exists(self) -> bool:
         """Tell whether the root is there; refuse it where others could have planted it."""
@@ -3372,10 +3396,12 @@ class _Store:
             raise _disk_error(error, self.root) from None
         # A directory put in its place is looked at again; it may have got the same inode.
         known = found.st_dev, found.st_ino, found.st_uid, found.st_mode
-        if _KNOWN_ROOTS.get(self.root) != known:
+        if self.root not in _SAFE_ROOTS and _KNOWN_ROOTS.get(self.root) != known:
             if _others_write(self.cache_dir):
                 _guard(self.root)
-            _KNOWN_ROOTS[self.root] = known
+                _KNOWN_ROOTS[self.root] = known
+            else:
+                _SAFE_ROOTS.add(self.root)
         self._found = stat.S_ISDIR(found.st_mode)
         return self._found
 
@@ -3426,19 +3452,34 @@ class _Store:
     def shard(self, ident: str) -> str:
         return self.objects + os.sep + ident[:2]
 
-    def find(self, ident: str, private: bool) -> list[_Entry]:
-        """Return the whole entries of an object, validated last first."""
-        if not self.exists():
+    def _names(self, directory: str, glance: bool) -> list[str]:
+        """Return the names in a shard; at a glance, as a batch has seen them in the last second."""
+        now = time.monotonic()
+        when, names = self._listed.get(directory, (0.0, []))
+        if not glance or now - when > _GLANCE:
+            try:
+                # One listing finds all versions; an index file would be one more thing to tear.
+                names = os.listdir(directory)
+            except OSError:
+                names = []
+            if glance and len(names) < 256:  # or it would be all of a large cache in the end
+                self._listed[directory] = now, names
+        return names
+
+    def find(self, ident: str, private: bool, glance: bool = False) -> list[_Entry]:
+        """Return the whole entries of an object, validated last first.
+
+        What a glance does not see is at worst downloaded once more.
+        """
+        # The root is looked at where others could plant it; else the listing tells if it is there.
+        if self.root not in _SAFE_ROOTS and not self.exists():
             return []
         directory = self.shard(ident)
-        try:
-            # One listing finds all versions; an index file would be one more thing to tear.
-            names = os.listdir(directory)
-        except OSError:
-            return []
         good = []
-        for name in names:
-            entry = _parse_entry(directory + os.sep + name) if name.startswith(ident) else None
+        for name in self._names(directory, glance):
+            if not name.startswith(ident):
+                continue
+            entry = _parse_entry(directory + os.sep + name)
             if entry and entry.private and not (private and os.access(entry.path, os.R_OK)):
                 continue  # not for this caller, or of another user
             if entry and entry.check():
@@ -3479,30 +3520,26 @@ class _Store:
         if abs(time.time() - max(stamp, _newest(sidecar))) > _USE_GRAIN:
             _touch(sidecar)
 
-    def name(
-        self, ident: str, private: bool, validator: str, size: int, crc: str, name: str
-    ) -> str:
-        head = f"{ident}_{_owner(private)}{validator}_{size:x}_{crc}_"
-        return head + _tail(name, _NAME_LIMIT - len(head))
+    def name(self, ident: str, source: _Source, validator: str, size: int, crc: str) -> str:
+        head = f"{ident}_{_owner(source.private)}{validator}_{size:x}_{crc}_"
+        return head + _tail(source.name, _NAME_LIMIT - len(head))
 
     def add(self, ident: str, name: str, data: memoryview, private: bool) -> str:
         """Publish a small object: one private file, one write, one rename."""
         directory = self.shard(ident)
         temporary = _aside(directory)
-        final = directory + os.sep + name
-        mode = 0o600 if private else _FINAL
-        with _Disk(directory, len(data)):
+        try:
+            fd = self.create(temporary, os.O_WRONLY, 0o600 if private else _FINAL)
             try:
-                fd = self.create(temporary, os.O_WRONLY, mode)
-                try:
-                    _write_all(fd, data)
-                finally:
-                    os.close(fd)
-                # No fsync: in order, a power cut leaves a short file, and that is a miss.
-                return _publish(temporary, final)
-            except BaseException:
-                _unlink(temporary)
-                raise
+                _write_all(fd, data)
+            finally:
+                os.close(fd)
+            # No fsync: in order, a power cut leaves a short file, and that is a miss.
+            return _publish(temporary, directory + os.sep + name)
+        except BaseException as error:
+            _unlink(temporary)
+            _raise_ours(error, directory, len(data))
+            raise
 
     def partials(self, prefix: str) -> list[str]:
         """Return the paths, without ending, of the partial files whose name begins so."""
@@ -3698,7 +3735,7 @@ class _Partial:
     ) -> None:
         self.store, self.key, self.total = store, f"{ident}.{version}.", total
         self._alone = alone
-        self.path = os.path.join(store.partial, self.key + _random())
+        self.path = os.path.join(store.partial, f"{self.key}{_process_id()}{next(_SERIAL):x}")
         with _Disk(store.partial, total):
             store.make(store.partial)
             if alone and not self._fits():
@@ -4357,12 +4394,20 @@ def _default_cache_dir() -> str:
     return _fallback_dir()
 
 
+@lru_cache(maxsize=64)
+def _absolute(path: str) -> str:
+    """Return os.path.abspath of what is absolute already, and so depends on nothing else."""
+    return os.path.abspath(path)
+
+
 def _cache_dir(cache_dir: StrPath | None) -> str:
     """Return the absolute path of the cache directory that a caller means."""
     try:
         text = _text(cache_dir or "")
     except TypeError as error:
         raise TypeError(f"cache_dir: {error}") from None
+    if text[:1] == os.sep == "/" and "\0" not in text:
+        return _absolute(text)
     if _scheme(text) or "\0" in text:
         raise ValueError(f"cache_dir must be a directory, not {_redact(text)!r}")
     return os.path.abspath(os.path.expanduser(text)) if text else _default_cache_dir()
@@ -4770,6 +4815,22 @@ class _Meter:
         pass
 
 
+class _Silent(_Meter):
+    """The meter of a call without progress; its own tally."""
+
+    def __init__(self) -> None:
+        super().__init__(int)
+
+    def __call__(self, size: int) -> None:
+        pass
+
+    def undo(self) -> None:
+        pass
+
+
+_SILENT = _Silent()
+
+
 class _Tally:
     """Counts for a meter what one attempt brings, so that it can be taken back."""
 
@@ -4847,7 +4908,7 @@ def _meter(progress: Progress) -> _Meter:
         return _Bar()
     if progress and not callable(progress):
         raise TypeError("progress must be True or callable")
-    return _Meter(progress or int)  # int(size): nothing happens
+    return _Meter(progress) if progress else _SILENT
 
 
 class _Options:
@@ -4867,9 +4928,13 @@ class _Options:
         version_id: str | None = None,
         progress: Progress = None,
     ) -> None:
-        _require("max_concurrency", max_concurrency, "__index__", "a whole number")
-        _require("multipart_threshold_bytes", multipart_threshold_bytes, "__float__", "a number")
-        _require("max_age", max_age, "__float__", "a number of seconds")
+        for name, value, ability, what in (
+            ("max_concurrency", max_concurrency, "__index__", "a whole number"),
+            ("multipart_threshold_bytes", multipart_threshold_bytes, "__float__", "a number"),
+            ("max_age", max_age, "__float__", "a number of seconds"),
+        ):
+            if not isinstance(value, int):
+                _require(name, value, ability, what)
         if max_concurrency < 1 or not multipart_threshold_bytes >= 1:  # nan, too
             raise ValueError("max_concurrency and multipart_threshold_bytes must be at least 1")
         if version_id is not None and not isinstance(version_id, str):
@@ -4886,23 +4951,21 @@ class _Options:
         self.asked = max(_WHOLE, int(min(multipart_threshold_bytes, _SMALL)) // _CHUNK * _CHUNK)
         self.meter = _meter(progress)
         self.switch: _Stop | None = None
+        self.glance = False  # what the store holds is looked at as often as needed, not for each
 
     def under(self, switch: _Stop) -> _Options:
-        """Return the same options for work that this switch stops."""
+        """Return the same options for a batch that this switch stops."""
         other = object.__new__(_Options)
-        other.__dict__.update(self.__dict__, switch=switch)
+        other.__dict__.update(self.__dict__, switch=switch, glance=True)
         return other
 
 
 class _Seat:
     """Who fetches an object, how deep it is in that, who waits for it, and how it failed."""
 
-    __slots__ = ("changed", "depth", "error", "owner", "waiting")
-
-    def __init__(self) -> None:
-        self.owner = self.depth = self.waiting = 0
-        self.changed: threading.Condition | None = None
-        self.error: S3CacheError | None = None
+    owner = depth = waiting = 0
+    changed: threading.Condition | None = None
+    error: S3CacheError | None = None
 
 
 _FLIGHTS: dict[tuple[str, str], _Seat] = {}
@@ -4972,6 +5035,8 @@ class _Flight:
             _pass_on(self._key, seat)
 
     def _fail(self, error: TransferError) -> None:
+        if self._switch and self._switch.event.is_set():  # that is no failure
+            return
         seat = self._seat
         with _FLIGHTS_LOCK:
             if seat.depth == 1 and seat.changed and _FLIGHTS.get(self._key) is seat:
@@ -4979,13 +5044,11 @@ class _Flight:
                 del _FLIGHTS[self._key]  # whoever comes from here on asks anew
                 seat.changed.notify_all()
 
-    def __enter__(self) -> None:
-        self.acquire()
+    __enter__ = acquire
 
     def __exit__(self, _: object, error: object, __: object) -> None:
-        stopped = self._switch is not None and self._switch.event.is_set()
         try:
-            if self._shares and not stopped and isinstance(error, TransferError):
+            if error and self._shares and isinstance(error, TransferError):
                 self._fail(error)
         finally:
             self.release()
@@ -5037,14 +5100,11 @@ _CPU = _Cpu()
 class _Crew:
     """Threads for one job: as many as it turns out to need, gone when it ends however it ends."""
 
-    def __init__(
-        self, work: Callable[[], None], switch: _Stop, items: Iterator[Any] | None = None
-    ) -> None:
+    def __init__(self, work: Callable[[], None], switch: _Stop) -> None:
         self._work, self._switch = work, switch
-        self._changed, self._caller = threading.Condition(), threading.get_ident()
+        self._changed = threading.Condition()
         self.active = 0
         self._errors: list[BaseException] = []
-        self._items, self._wanted, self._item = items or iter(()), False, None
 
     def _body(self) -> None:
         try:
@@ -5079,14 +5139,10 @@ class _Crew:
                     raise self._errors[0]
                 if done:
                     return
-                if self._wanted:
-                    self._serve()
                 self._start(grow(self.active))
         except BaseException as error:
             self._switch.stop()
             with self._changed:
-                self._wanted = False
-                self._changed.notify_all()
                 # Threads are daemons and their sockets shut; one that resolves a name or connects
                 # may need half a minute. A second is all that an error or Ctrl-C may take.
                 self._changed.wait_for(lambda: not self.active, self._switch.grace)
@@ -5095,24 +5151,7 @@ class _Crew:
             raise
 
     def _is_due(self) -> bool:
-        return self._wanted or bool(self._errors) or not self.active
-
-    def _serve(self) -> None:
-        item = next(self._items, None)
-        with self._changed:
-            self._item, self._wanted = item, False
-            self._changed.notify_all()
-
-    def read(self) -> Any:
-        """Return the next item, which the caller's thread reads; one worker at a time may ask."""
-        if threading.get_ident() == self._caller:  # there is no other thread
-            return next(self._items, None)
-        with self._changed:
-            self._wanted = not self._switch.event.is_set()
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._wanted)
-            item, self._item = self._item, None
-        return item
+        return bool(self._errors) or not self.active
 
 
 def _read_at(fd: int, start: int, size: int) -> bytes:
@@ -5190,7 +5229,7 @@ class _Download:
         file: _Partial,
         opt: _Options,
         first: bool,
-        tally: _Tally,
+        tally: _Tally | _Silent,
     ) -> None:
         assert answer.etag is not None
         assert answer.total is not None
@@ -5249,6 +5288,7 @@ class _Download:
                 raise _AskPlainly
             answered = time.monotonic()
         _pull(self.source, answer, sink, stop, patience)
+        patience.progress()
         if answered > asked:
             self.learn(stop - start, asked, answered)
         _QUOTA.give()
@@ -5328,83 +5368,7 @@ def _await_peer(
         time.sleep(0.05)
 
 
-def _first_ask(newest: _Entry | None, opt: _Options) -> _Ask:
-    """Return what to ask for first: a range, unless the object is still what we hold."""
-    ask = _Ask(0, opt.asked, switch=opt.switch)
-    if newest:
-        ask.if_none_match, ask.if_modified_since = newest.etag, newest.modified
-    return ask
-
-
 _ASKED: set[tuple[str, str]] = set()  # (root, object) that a request was sent ahead for
-
-
-class _Look:
-    """What the cache holds of an object, and maybe a request for it that is on its way."""
-
-    __slots__ = (
-        "asked",
-        "begun",
-        "entries",
-        "held",
-        "ident",
-        "key",
-        "landed",
-        "newest",
-        "source",
-    )
-
-    def __init__(self, source: _Source, opt: _Options) -> None:
-        self.source, self.ident = source, _ident(source.place_id)
-        self.key, self.landed = (opt.store.root, self.ident), _LANDED.get(self.ident[:2])
-        # Private entries are for whoever asks with credentials, or for callers who do not insist on
-        # going without; as a condition they serve the former only.
-        every = source.private or opt.access.anonymous is not True
-        self.entries = self.held = opt.store.find(self.ident, every)
-        if self.entries and not source.private:
-            self.held = [entry for entry in self.entries if not entry.private]
-        self.asked = False  # ahead
-        self.begun: tuple[_Ask, _Exchange] | None = None  # its answer is still to be read
-        self.newest: _Entry | None = None  # it was asked on the condition that we do not hold this
-
-    def is_old(self) -> bool:
-        """Tell whether another thread may have fetched the object since we looked."""
-        return self.landed != _LANDED.get(self.ident[:2])
-
-    def ask_ahead(self, opt: _Options, connect: bool = True) -> bool:
-        """Send the first request now, to read its answer in the call's turn; False if not."""
-        if self.key in _FLIGHTS or self.key in _ASKED:
-            return False  # what another thread fetches is not asked for twice
-        newest = self.held[0] if self.held else None
-        ask = _first_ask(newest, opt)
-        exchange = self.source.exchange(ask)
-        if exchange is None:
-            return False
-        self.asked = True
-        try:
-            _ASKED.add(self.key)
-            if exchange.send_ahead(connect):
-                self.begun, self.newest = (ask, exchange), newest
-        finally:
-            if not self.begun:
-                self.close()
-        return self.asked
-
-    def take(self, newest: _Entry | None) -> tuple[_Ask, _Exchange] | None:
-        """Return what was asked on this very condition; its answer is read once."""
-        if newest is not self.newest:
-            return None
-        begun, self.begun = self.begun, None
-        return begun
-
-    def close(self) -> None:
-        """Leave what was asked for and not read."""
-        begun, self.begun = self.begun, None
-        if begun:
-            begun[1].close()
-        if self.asked:
-            self.asked = False
-            _ASKED.discard(self.key)
 
 
 def _result(
@@ -5419,20 +5383,78 @@ def _held(source: _Source, entry: _Entry, status: str) -> LocalizedResource:
 
 
 class _Fetch:
-    """One object on its way from a source into a store."""
+    """One object: what the cache holds of it, what was asked, and what comes of that."""
 
-    def __init__(self, source: _Source, opt: _Options, look: _Look) -> None:
-        self.source, self.opt, self.store, self.ident = source, opt, opt.store, look.ident
-        self.tally = _Tally(opt.meter)
-        self.patience = _Patience(opt.switch)
-        self.plain = False  # ask without range and conditions
-        self.doubted = False  # bytes were not as promised: use nothing of that try
-        self.changes = 0
-        self.waited = False  # in vain, for a peer: no answer is given up for it again
-        self.look = look
+    asked = False  # ahead
+    begun: _Exchange | None = None  # its answer is still to be read
+    ask: _Ask | None = None  # what was asked so
+    newest: _Entry | None = None  # on the condition that we do not hold this
+    plain = False  # ask without range and conditions
+    doubted = False  # bytes were not as promised: use nothing of that try
+    waited = False  # in vain, for a peer: no answer is given up for it again
+
+    def __init__(self, source: _Source, opt: _Options) -> None:
+        self.source, self.opt, self.store = source, opt, opt.store
+        self.ident = ident = _ident(source.place_id)
+        self.key, self.landed = (opt.store.root, ident), _LANDED.get(ident[:2])
+        # Private entries are for whoever asks with credentials, or for callers who do not insist on
+        # going without; as a condition they serve the former only.
+        every = source.private or opt.access.anonymous is not True
+        self.entries = self.held = opt.store.find(ident, every, opt.glance)
+        if self.entries and not source.private:
+            self.held = [entry for entry in self.entries if not entry.private]
+        self.tally = _SILENT if opt.meter is _SILENT else _Tally(opt.meter)
+
+    def is_old(self) -> bool:
+        """Tell whether another thread may have fetched the object since we looked."""
+        return self.landed != _LANDED.get(self.ident[:2])
+
+    def _first(self, newest: _Entry | None) -> _Ask:
+        """Return what to ask for first: a range, unless the object is still what we hold."""
+        etag, modified = (newest.etag, newest.modified) if newest else (None, None)
+        return _Ask(
+            0,
+            self.opt.asked,
+            if_none_match=etag,
+            if_modified_since=modified,
+            switch=self.opt.switch,
+        )
+
+    def ask_ahead(self, connect: bool = True) -> bool:
+        """Send the first request now, to read its answer in the call's turn; False if not."""
+        if self.key in _FLIGHTS or self.key in _ASKED:
+            return False  # what another thread fetches is not asked for twice
+        self.newest = self.held[0] if self.held else None
+        self.ask = self._first(self.newest)
+        exchange = self.source.exchange(self.ask)
+        if exchange is None:
+            return False
+        self.asked = True
+        try:
+            _ASKED.add(self.key)
+            if exchange.send_ahead(connect):
+                self.begun = exchange
+        finally:
+            if not self.begun:
+                self.close()
+        return self.asked
+
+    def read_ahead(self) -> None:
+        if self.begun:
+            self.begun.read_ahead()
+
+    def close(self) -> None:
+        """Leave what was asked for and not read."""
+        begun, self.begun = self.begun, None
+        if begun:
+            begun.close()
+        if self.asked:
+            self.asked = False
+            _ASKED.discard(self.key)
 
     def run(self, held: list[_Entry]) -> LocalizedResource:
         """Ask, with what we hold as the condition, until the answer is one to keep."""
+        self.patience, changes = _Patience(self.opt.switch), 0
         while True:
             try:
                 found = self._once(held)
@@ -5440,9 +5462,9 @@ class _Fetch:
                     return found
                 held = []  # gone since we looked: ask without a condition
             except _Changed:
-                self.changes += 1
-                if self.changes > _CHANGES:
-                    text = f"The object changed {self.changes} times while it was downloaded"
+                changes += 1
+                if changes > _CHANGES:
+                    text = f"The object changed {changes} times while it was downloaded"
                     raise IntegrityError(text, uri=self.source.uri) from None
             except _AskPlainly:
                 self.plain = True
@@ -5458,9 +5480,14 @@ class _Fetch:
     def _once(self, held: list[_Entry]) -> LocalizedResource | None:
         """Ask once and do what the answer says; None if what we held is gone."""
         newest = held[0] if held and not self.plain else None
-        answer = self._ask(newest)
+        begun, ask = self.begun, self.ask
+        if begun and ask and newest is self.newest:
+            self.begun = None
+        else:  # nothing was asked on this very condition
+            begun, ask = None, _Ask(switch=self.opt.switch) if self.plain else self._first(newest)
+        answer = self.source.read(ask, begun)
         try:
-            same = next((entry for entry in held if _is_same(entry, answer)), None)
+            same = next((e for e in held if _is_same(e, answer)), None) if held else None
             sent = newest is not None and bool(newest.etag or newest.modified)
             verdict = _judge(answer, sent, same is not None, self.opt.asked)
             if verdict == "unchanged":
@@ -5474,12 +5501,6 @@ class _Fetch:
             raise TransferError("The server refuses to send the object", status=answer.status)
         finally:
             answer.body.close()
-
-    def _ask(self, newest: _Entry | None) -> _Answer:
-        if self.plain:
-            return self.source.read(_Ask(switch=self.opt.switch))
-        ask, begun = self.look.take(newest) or (_first_ask(newest, self.opt), None)
-        return self.source.read(ask, begun)
 
     def _bring(self, verdict: str, answer: _Answer) -> LocalizedResource:
         """Bring an object in the way that fits it."""
@@ -5499,11 +5520,6 @@ class _Fetch:
         _log(_INFO, "%s %s: %d bytes", status, self.source.uri, size)
         return _result(self.source, path, status, answer.etag, size)
 
-    def _name(self, validator: str, size: int, crc: str) -> str:
-        return self.store.name(
-            self.ident, self.source.private, validator, size, crc, self.source.name
-        )
-
     def _small(self, answer: _Answer) -> str:
         """Keep a small object in memory until it is whole and checked, then write it at once."""
         size = answer.total or 0
@@ -5515,7 +5531,9 @@ class _Fetch:
             sha = _hasher("sha256")
             sha.update(sink.data)
             validator = "n" + sha.hexdigest()[:20]
-        name = self._name(validator, size, _checksum(_crcs(sink.view)))
+        name = self.store.name(
+            self.ident, self.source, validator, size, _checksum(_crcs(sink.view))
+        )
         return self.store.add(self.ident, name, sink.view, self.source.private)
 
     def _stream(self, answer: _Answer) -> str:
@@ -5534,7 +5552,9 @@ class _Fetch:
                 if file.digest(name) != promised:
                     raise _mismatch(self.source, name)
             validator = validator or "n" + file.digest("sha256").hex()[:20]
-            return file.publish(self._name(validator, sink.at, _checksum(file.crcs)))
+            return file.publish(
+                self.store.name(self.ident, self.source, validator, sink.at, _checksum(file.crcs))
+            )
         finally:
             file.close()
 
@@ -5599,7 +5619,7 @@ class _Fetch:
             for behind, promised, name in hashes:
                 if behind.digest() != promised:
                     raise _mismatch(source, name)
-            name = self._name(validator, total, _checksum(file.crcs))
+            name = self.store.name(self.ident, self.source, validator, total, _checksum(file.crcs))
             return file.publish(self.store.shard(self.ident), name), False
         except BaseException as error:
             # What a signal handler or the caller's progress raised says nothing against the bytes.
@@ -5712,7 +5732,7 @@ def _folds_case(store: _Store) -> bool:
     return os.path.exists(os.path.join(store.root, "cachedir.tag"))
 
 
-def _quietly(look: Callable[[T, _Options], _Look | None], item: T, opt: _Options) -> _Look | None:
+def _quietly(look: Callable[[T, _Options], _Fetch | None], item: T, opt: _Options) -> _Fetch | None:
     """Look and ask ahead; what goes wrong is met again, and reported, in the call's turn."""
     try:
         return look(item, opt)
@@ -5723,33 +5743,29 @@ def _quietly(look: Callable[[T, _Options], _Look | None], item: T, opt: _Options
 class _Batch:
     """Acts on every item in a crew of threads; the first error stops all and is raised.
 
-    With ``look`` any thread may read the items, and a worker asks for the next objects before it
-    reads the present one: a near server answers faster than threads take turns, so that one who
-    asks ahead beats many who wait. Without, the caller's thread reads them.
+    A worker asks for the next objects (``look``) before it reads the present one: a near server
+    answers faster than threads take turns, so that one who asks ahead beats many who wait.
     """
 
     def __init__(
         self,
-        act: Callable[[Any, _Options, _Look | None], None],
-        items: Iterator[Any],
+        act: Callable[[Any, _Options, _Fetch | None], None],
+        items: Iterable[Any],
         opt: _Options,
+        look: Callable[[Any, _Options], _Fetch | None],
         limit: int = 0,
-        look: Callable[[Any, _Options], _Look | None] | None = None,
     ) -> None:
-        self._act, self._items, self._opt, self._look = act, items, opt, look
+        self._act, self._items, self._opt, self._look = act, iter(items), opt, look
         self._switch, self._limit = _Stop(opt.switch), limit or _BATCH_LIMIT
-        # A generator may take its time, and be bound to its thread as a database's cursor is.
-        self._crew = _Crew(self._work, self._switch, items)
-        self._reading, self._lock = threading.Lock(), threading.Lock()
-        self._begun: list[tuple[Any, _Look | None]] = []
-        self._threads = 1 if look else limit or _BATCH_WORKERS
-        # How many are begun ahead, and whether that is worth it.
-        self._ahead, self._quick = 0, False
+        self._lock = threading.Lock()
+        self._begun: list[tuple[Any, _Fetch | None]] = []
+        # Threads, how many objects are begun ahead, and whether that is worth it.
+        self._threads, self._ahead, self._quick = 1, 0, False
         self._grown, self._cpu = time.monotonic(), _CPU.total
 
     def run(self) -> None:
         try:
-            self._crew.run(self._threads, self._grow)
+            _Crew(self._work, self._switch).run(self._threads, self._grow)
             self._switch.check()  # stopped from above: what was done is not all
         finally:
             for _, look in self._begun[:]:
@@ -5772,47 +5788,40 @@ class _Batch:
             self._threads += count
             return count
 
-    def _take(self) -> Any:
-        """Return the next item; None, which no item is, if there is none."""
-        with self._reading:
-            return next(self._items, None) if self._look else self._crew.read()
-
-    def _room(self, change: int) -> bool:
-        """Count what is begun ahead; False if there is no room for more."""
-        with self._lock:
-            if change > 0 and self._threads + self._ahead >= self._limit:
-                return False
-            self._ahead += change
-            return True
-
     def _begin(self, opt: _Options) -> None:
-        """Ask for a few objects ahead, together: so the server is woken once."""
-        if self._look is None or len(self._begun) > 1:
-            return
-        since = time.monotonic()
-        for _ in range(_AHEAD):
-            if not (self._quick and self._room(1)):
-                return
-            item = self._take()
-            if item is None:
-                self._room(-1)
-                return
-            self._begun.append((item, _quietly(self._look, item, opt)))
-            self._quick = time.monotonic() - since < _AHEAD_WITHIN
-
-    def _next(self) -> tuple[Any, _Look | None] | None:
+        """Ask for some objects ahead, and read what has come of that when all are sent."""
+        begun: list[tuple[Any, _Fetch | None]] = []
+        until = time.monotonic() + _AHEAD_TOGETHER
         try:
-            begun = self._begun.pop(0)
-        except IndexError:
-            item = self._take()
-            return None if item is None else (item, None)
-        self._room(-1)
-        return begun
+            while len(begun) < _AHEAD and time.monotonic() < until:
+                with self._lock:
+                    full = self._threads + self._ahead >= self._limit
+                    item = None if full else next(self._items, None)
+                    if item is None:
+                        break
+                    self._ahead += 1
+                begun.append((item, None))
+                begun[-1] = item, _quietly(self._look, item, opt)
+            for _, look in begun:
+                if look:
+                    look.read_ahead()
+        finally:
+            with self._lock:
+                self._begun += begun
+
+    def _next(self) -> tuple[Any, _Fetch | None] | None:
+        with self._lock:
+            if self._begun:
+                self._ahead -= 1
+                return self._begun.pop(0)
+            item = next(self._items, None)
+        return None if item is None else (item, None)
 
     def _work(self) -> None:
         opt = self._opt.under(self._switch)
         while not self._switch.event.is_set():
-            self._begin(opt)
+            if self._quick and len(self._begun) < 2:
+                self._begin(opt)
             begun = self._next()
             if begun is None:
                 return
@@ -5992,7 +6001,7 @@ class _Tree:
                 # Not makedirs: it would make the tree itself anew.
                 os.mkdir(f"{aside}/{folder}")
 
-        def bring(item: tuple[str, _Key], opt: _Options, look: _Look | None) -> None:
+        def bring(item: tuple[str, _Key], opt: _Options, look: _Fetch | None) -> None:
             name, key = item
             for _ in range(3):
                 path = self.file(key, opt, look)
@@ -6006,9 +6015,9 @@ class _Tree:
                 look = None  # pruned between the look and the link
             raise CacheError("An entry disappears while it is linked", uri=self.source.uri)
 
-        _Batch(bring, zip(names, keys), self.opt, look=self.look).run()
+        _Batch(bring, zip(names, keys), self.opt, self.look).run()
 
-    def entry(self, key: _Key, look: _Look) -> _Entry | None:
+    def entry(self, key: _Key, look: _Fetch) -> _Entry | None:
         """Return the entry that a line of the listing describes."""
         for entry in look.held:
             if _is_same_tag(entry.etag, key.etag) and entry.size == key.size:
@@ -6016,17 +6025,17 @@ class _Tree:
         look.held = []  # of another version: no condition
         return None
 
-    def look(self, item: tuple[str, _Key], opt: _Options) -> _Look | None:
+    def look(self, item: tuple[str, _Key], opt: _Options) -> _Fetch | None:
         """Look for a file of the listing; ask ahead for it if we do not hold it."""
-        look = _Look(self.source.child(item[1].key), opt)
-        if self.entry(item[1], look) or look.ask_ahead(opt):
+        look = _Fetch(self.source.child(item[1].key), opt)
+        if self.entry(item[1], look) or look.ask_ahead():
             return look
         return None  # to be looked for again, when nobody else fetches it
 
-    def file(self, key: _Key, opt: _Options, look: _Look | None) -> str:
+    def file(self, key: _Key, opt: _Options, look: _Fetch | None) -> str:
         """Return the path of one file of the listing, downloaded if we do not hold it."""
-        look = look or _Look(self.source.child(key.key), opt)
-        source, entered = look.source, False
+        look = look or _Fetch(self.source.child(key.key), opt)
+        entered = False
         try:
             entered = _TURN.enter()
             entry = self.entry(key, look)
@@ -6034,11 +6043,11 @@ class _Tree:
                 return entry.path
             with _Flight(self.store, look.ident, opt.switch):
                 if look.is_old():  # what another tree fetches is seen
-                    look.held = self.store.find(look.ident, source.private)
+                    look.held = self.store.find(look.ident, look.source.private)
                     entry = self.entry(key, look)
                     if entry:
                         return entry.path
-                found = _Fetch(source, opt, look).run([])
+                found = look.run([])
         except NotFoundError as error:
             self.lost = error
             raise _Changed from None
@@ -6083,13 +6092,12 @@ def _unasked(source: _Source, opt: _Options, entries: list[_Entry]) -> Localized
     return found
 
 
-def _cached(source: _Source, opt: _Options, look: _Look | None) -> LocalizedResource:
+def _cached(source: _Source, opt: _Options, look: _Fetch | None) -> LocalizedResource:
     """Return one object from the cache, from the server, or from whichever of the two can."""
     store = opt.store
     # 1. What we hold.
-    if look is None or look.source is not source:
-        look = _Look(source, opt)
-    ident, entries, held = look.ident, look.entries, look.held
+    fetch = look if look and look.source is source else _Fetch(source, opt)
+    ident, entries, held = fetch.ident, fetch.entries, fetch.held
     # 2. Offline, or young enough: no request.
     if opt.offline or opt.max_age > 0:
         found = _unasked(source, opt, entries)
@@ -6098,10 +6106,10 @@ def _cached(source: _Source, opt: _Options, look: _Look | None) -> LocalizedReso
     # 3. Ask; threads that miss together ask one after the other.
     try:
         if held:
-            return _Fetch(source, opt, look).run(held)
+            return fetch.run(held)
         # Not where a client of boto3 asks: the next caller's may be set up otherwise.
         with _Flight(store, ident, opt.switch, not source.signed):
-            old = look.is_old()
+            old = fetch.is_old()
             if store.recently_partial() and store.pulse(ident):
                 lock, old = _Lock(store, ident), True
                 try:
@@ -6110,7 +6118,7 @@ def _cached(source: _Source, opt: _Options, look: _Look | None) -> LocalizedReso
                     lock.release()
             if old:
                 held = store.find(ident, source.private)
-            return _Fetch(source, opt, look).run(held)
+            return fetch.run(held)
     except TransferError as error:
         # Private ones, too, as without asking; a peer may have pruned some meanwhile.
         last = [entry for entry in held or entries if entry.check()]
@@ -6133,7 +6141,7 @@ def _local(text: str) -> LocalizedResource:
     return LocalizedResource(path, False, "local", "local", text, None, size)
 
 
-def _look_at(text: str, opt: _Options, connect: bool = True) -> _Look | None:
+def _look_at(text: str, opt: _Options, connect: bool = True) -> _Fetch | None:
     """Look for a single object and ask ahead for it, if that is sure to be asked; else None."""
     target = _target(text)
     ours = target.kind == "http" and opt.version is None
@@ -6141,11 +6149,11 @@ def _look_at(text: str, opt: _Options, connect: bool = True) -> _Look | None:
         ours = not target.key.endswith("/") and not opt.access.signs(target.bucket)
     if not ours or opt.offline or opt.max_age > 0:
         return None
-    look = _Look(next(opt.access.sources(target, opt.version)), opt)
-    return look if look.ask_ahead(opt, connect) else None
+    look = _Fetch(next(opt.access.sources(target, opt.version)), opt)
+    return look if look.ask_ahead(connect) else None
 
 
-def _object(target: _Target, opt: _Options, look: _Look | None) -> LocalizedResource:
+def _object(target: _Target, opt: _Options, look: _Fetch | None) -> LocalizedResource:
     """Localize a single object, in its turn."""
 
     def ahead() -> None:  # another thread's time: too short for connecting
@@ -6165,7 +6173,7 @@ def _object(target: _Target, opt: _Options, look: _Look | None) -> LocalizedReso
             look.close()
 
 
-def _localize_any(text: str, opt: _Options, look: _Look | None) -> LocalizedResource:
+def _localize_any(text: str, opt: _Options, look: _Fetch | None) -> LocalizedResource:
     """Localize one resource of any kind; ``look`` was taken before its turn, if there is one."""
     target = _target(text)
     is_tree = target.key.endswith("/")
@@ -6189,7 +6197,7 @@ def _localize_any(text: str, opt: _Options, look: _Look | None) -> LocalizedReso
         raise (missing if missing and error.uri == missing.uri else error) from None
 
 
-def _localize(text: str, opt: _Options, look: _Look | None = None) -> LocalizedResource:
+def _localize(text: str, opt: _Options, look: _Fetch | None = None) -> LocalizedResource:
     """Localize one resource; the error of any that fails says which it is."""
     try:
         return _localize_any(text, opt, look)
@@ -6313,28 +6321,18 @@ def _task(uri: str, options: dict[str, Any], collect: bool) -> LocalizedResource
         return error
 
 
-def _unique(
-    uris: Iterable[StrPath], order: list[Any], wrong: dict[Any, Any] | None
-) -> Generator[str, None, None]:
-    """Yield each URI that is new, and note in order what was asked for; raise or note what is none.
-
-    In a column of a table, a missing value is not even text.
-    """
-    seen: dict[str, str] = {}
+def _texts(uris: Iterable[StrPath], collect: bool) -> list[Any]:
+    """Return the URIs as str; raise the error of what is none, or put it into the list."""
+    found: list[Any] = []
     for uri in uris:
         try:
-            text = _text(uri)
-        except TypeError as error:
-            told = TypeError(f"item {len(order)} of uris: {error}")
-            if wrong is None:
+            found.append(_text(uri))
+        except TypeError as error:  # in a column of a table, a missing value is not even text
+            told = TypeError(f"item {len(found)} of uris: {error}")
+            if not collect:
                 raise told from None
-            order.append(told)
-            wrong[told] = told
-            continue
-        new = text not in seen
-        order.append(seen.setdefault(text, text))  # one string for all that are equal
-        if new:
-            yield text
+            found.append(told)
+    return found
 
 
 def _sendable(options: dict[str, Any], executor: Executor) -> None:
@@ -6369,8 +6367,8 @@ def get_local_paths_for_resources(
     Parameters
     ----------
     uris : iterable of str or os.PathLike
-        May be a generator, which is read as work goes on, in the caller's thread. Each URI is asked
-        for once.
+        May be a generator, which is read to its end first, as by ``Executor.map``. Each URI is
+        asked for once.
     max_workers : int, optional
         Objects asked for at a time, at most; default 32. On a fast server one thread does all the
         work; others join it while it waits for the network. A large object's ranges and a tree's
@@ -6413,15 +6411,13 @@ def get_local_paths_for_resources(
         _require("executor", executor, "map", "a concurrent.futures.Executor")
     if isinstance(uris, (str, bytes, os.PathLike)):
         raise TypeError("expected an iterable of URIs, not one: use get_local_path_for_resource")
-    order: list[Any] = []
-    results: dict[Any, Any] = {}
-    # A list can be looked ahead of; a generator may take its time with the next one.
-    ready = hasattr(uris, "__len__")
-    work = _unique(list(uris) if ready else uris, order, results if return_exceptions else None)
     try:
+        order = _texts(uris, return_exceptions)
+        texts = list(dict.fromkeys(text for text in order if isinstance(text, str)))
+        results: dict[str, Any] = {}
         if executor is None:
 
-            def act(text: str, inner: _Options, look: _Look | None) -> None:
+            def act(text: str, inner: _Options, look: _Fetch | None) -> None:
                 try:
                     results[text] = _localize(text, inner, look)
                 except Exception as error:
@@ -6429,12 +6425,11 @@ def get_local_paths_for_resources(
                         raise
                     results[text] = error
 
-            _Batch(act, work, opt, max_workers or 0, _look_at if ready else None).run()
+            _Batch(act, texts, opt, _look_at, max_workers or 0).run()
         else:
             _sendable(options, executor)
             if options.get("cache_dir") and not os.fspath(options["cache_dir"]).startswith("~"):
                 options["cache_dir"] = opt.store.cache_dir  # a worker may stand elsewhere
-            texts = list(work)
             task = partial(_task, options=options, collect=return_exceptions)
             for text, result in zip(texts, executor.map(task, texts)):
                 results[text] = result
@@ -6444,9 +6439,7 @@ def get_local_paths_for_resources(
         raise raised.error from raised.error.__cause__
     finally:
         opt.meter.close()
-        if not ready:
-            work.close()
-    return [results[text] for text in order]
+    return [results[text] if isinstance(text, str) else text for text in order]
 
 
 def _remove_own(path: str, pid: int) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import itertools
 import os
-import random
 import signal
 import sqlite3
 import subprocess
@@ -130,9 +127,10 @@ def test_large_objects_come_in_a_batch_too(publish: Publish, get_all: Get) -> No
 # ==== What goes in ============================================================================
 
 
-def test_a_generator_is_read_as_work_goes_on(
+def test_a_generator_is_read_before_anything_is_asked(
     server: Server, many: Callable[[int], list[str]], get_all: Get
 ) -> None:
+    """As by `Executor.map`: what it yields is all that is kept of it."""
     uris, seen_when_read = many(60), []
 
     def lazily() -> Iterator[str]:
@@ -141,28 +139,7 @@ def test_a_generator_is_read_as_work_goes_on(
             yield uri
 
     assert numbers(get_all(lazily(), max_workers=2)) == list(range(60))
-    assert all(at - seen <= 2 for at, seen in enumerate(seen_when_read))
-
-
-def test_a_generator_may_wait_for_what_it_yielded_before(
-    server: Server, many: Callable[[int], list[str]], get_all: Get
-) -> None:
-    come: list[str] = []
-
-    def before(request: Any) -> None:
-        time.sleep(0.004 * random.random())
-        come.append(request.path)
-
-    def patiently() -> Iterator[str]:
-        for number, uri in enumerate(many(400)):
-            give_up = time.monotonic() + 5
-            while number > 100 and len(come) < number - 1:
-                assert time.monotonic() < give_up, "what was taken is not asked for"
-                time.sleep(0.0005)
-            yield uri
-
-    server.before = before
-    assert numbers(get_all(patiently(), max_workers=8)) == list(range(400))
+    assert set(seen_when_read) == {0}
 
 
 def test_a_generator_is_read_by_the_callers_thread(
@@ -187,19 +164,6 @@ def test_a_generator_needs_no_other_thread(
         (tmp_path / f"{number}.txt").write_bytes(b"%d" % number)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     assert numbers(get_all(tmp_path / f"{number}.txt" for number in range(5))) == list(range(5))
-
-
-def test_an_endless_generator_stops_at_the_first_error(server: Server, get_all: Get) -> None:
-    server.put(BUCKET, "x", b"")
-
-    def endless() -> Iterator[str]:
-        number = 0
-        while True:
-            number += 1
-            yield f"s3://{BUCKET}/missing-{number}"
-
-    with pytest.raises(s3c.NotFoundError):
-        get_all(endless())
 
 
 def test_an_error_of_the_generator_is_the_callers(
@@ -396,26 +360,6 @@ def test_an_error_noted_at_the_last_moment_is_not_lost() -> None:
         crew.run(1, lambda active: 0)
 
 
-def test_an_error_ends_the_generator_at_once_and_in_its_thread(
-    server: Server, get_all: Get
-) -> None:
-    ended_by: list[int] = []
-
-    def held() -> Iterator[str]:
-        try:
-            yield from (f"s3://{BUCKET}/missing-{number}" for number in itertools.count())
-        finally:
-            ended_by.append(threading.get_ident())
-
-    gc.disable()
-    try:
-        with pytest.raises(s3c.NotFoundError):
-            get_all(held())
-        assert ended_by == [threading.get_ident()]
-    finally:
-        gc.enable()
-
-
 FETCH = """
 import sys, SUBJECT as s3c
 s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2])
@@ -538,7 +482,7 @@ def most_at_once(server: Server) -> list[int]:
     return most
 
 
-@pytest.mark.parametrize(("within", "at_once"), [(0.5, range(3, 6)), (0.0, range(1, 2))])
+@pytest.mark.parametrize(("within", "at_once"), [(0.5, range(3, 18)), (0.0, range(1, 2))])
 def test_a_worker_asks_ahead_while_objects_come_quickly(
     server: Server,
     many: Callable[[int], list[str]],

@@ -221,7 +221,7 @@ def enter_and_exit(turn: Any) -> None:
     turn.exit(turn.enter(int))
 
 
-@pytest.mark.parametrize("name", ["leave", "work_ahead"])
+@pytest.mark.parametrize("name", ["leave", "_work_ahead"])
 def test_an_interrupt_at_any_line_of_a_turn_leaves_nobody_waiting(name: str) -> None:
     for step in range(50):
         turn = s3c._Turn()
@@ -230,7 +230,7 @@ def test_an_interrupt_at_any_line_of_a_turn_leaves_nobody_waiting(name: str) -> 
         other.start()
         while not turn._next:
             time.sleep(0.001)
-        interrupted = interrupt_at(step, getattr(turn, name), {"leave", "_give", "work_ahead"})
+        interrupted = interrupt_at(step, getattr(turn, name), {"leave", "_give", "_work_ahead"})
         turn.exit(entered)
         other.join(2)
         assert not other.is_alive(), interrupted
