@@ -183,7 +183,7 @@ _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more worker
 _GROW_EVERY = 0.01  # seconds between two looks at that: by then a fast server has sent a megabyte
 _BATCH_EVERY = 0.05  # seconds between two looks at how busy they are
 _BATCH_BUSY = 0.75  # share of that time on a CPU: above, more threads only fight
-_GLANCE = 1.0  # seconds for which a batch, which looks at each shard often, lists it once
+_GLANCE = 1.0  # seconds for which a shard's listing is good enough for whoever asks the server
 _BATCH_LIMIT = 32  # objects of a batch asked for at a time, where it waits for the network
 _AHEAD = 16  # requests sent together, and answers read: code that is run again at once runs fast
 _AHEAD_TOGETHER = 0.02  # seconds for sending those: connecting to a far server takes longer
@@ -3250,26 +3250,61 @@ def _sync(fd: int) -> None:
             raise
 
 
-def _publish(temporary: str, final: str) -> str:
+_LISTED: dict[str, tuple[float, list[str]]] = {}  # shard -> when it was listed, and what it held
+_ADDED: dict[str, int] = {}  # shard -> another number whenever a thread of ours adds to it
+
+
+def _list_shard(directory: str) -> list[str]:
+    """Return the names in a shard, and remember them for a glance."""
+    now, added = time.monotonic(), _ADDED.get(directory)
+    try:
+        # One listing finds all versions; an index file would be one more thing to tear.
+        names = os.listdir(directory)
+    except OSError:
+        names = []
+    if len(names) < 256:  # of a very large cache less would be remembered than it is worth
+        if len(_LISTED) > 256:
+            _LISTED.clear()
+        _LISTED[directory] = now, names
+        if _ADDED.get(directory) != added:  # maybe after the listing, and to the one before
+            _LISTED.pop(directory, None)
+    return names
+
+
+def _seen(directory: str) -> list[str] | None:
+    """Return the names that a shard held within the last second, and what we added; or None."""
+    when, names = _LISTED.get(directory, (0.0, None))
+    return names if time.monotonic() - when < _GLANCE else None
+
+
+def _publish(temporary: str, directory: str, name: str) -> str:
     """Make a whole file visible. If a peer took it away: use what it published, or start anew."""
+    final = directory + os.sep + name
     for pause in (0.02, 0.1, 0.3, 0.6):  # Windows: a scanner may hold a file for a moment
         try:
             os.replace(temporary, final)
-            return final
+            break
         except FileNotFoundError:
             if not _Entry(final).check():
                 raise _Changed from None
-            return final
+            break
         except IsADirectoryError:  # none of ours: aside with it, where the sweep finds it
-            os.rename(final, _aside(os.path.dirname(final)))
+            os.rename(final, _aside(directory))
         except PermissionError:  # a peer reads it on Windows, or owns it in a sticky directory
             if _Entry(final).check():
                 _unlink(temporary)
-                return final
+                break
             if os.name != "nt":
                 raise
             time.sleep(pause)
-    os.replace(temporary, final)
+    else:
+        os.replace(temporary, final)
+    if len(_ADDED) > 4096:
+        _ADDED.clear()
+    _ADDED[directory] = next(_SERIAL)
+    seen = _LISTED.get(directory)
+    if seen:
+        seen[1].append(name)
     return final
 
 
@@ -3382,7 +3417,6 @@ class _Store:
         self.objects, self.partial = below + "objects", below + "partial"
         self.trees, self.locks = below + "trees", below + "locks"
         self._found = False  # looked at once for each store, and so for each call
-        self._listed: dict[str, tuple[float, list[str]]] = {}  # shard -> when, and what
 
     def exists(self) -> bool:
         """Tell whether the root is there; refuse it where others could have planted it."""
@@ -3452,31 +3486,18 @@ class _Store:
     def shard(self, ident: str) -> str:
         return self.objects + os.sep + ident[:2]
 
-    def _names(self, directory: str, glance: bool) -> list[str]:
-        """Return the names in a shard; at a glance, as a batch has seen them in the last second."""
-        now = time.monotonic()
-        when, names = self._listed.get(directory, (0.0, []))
-        if not glance or now - when > _GLANCE:
-            try:
-                # One listing finds all versions; an index file would be one more thing to tear.
-                names = os.listdir(directory)
-            except OSError:
-                names = []
-            if glance and len(names) < 256:  # or it would be all of a large cache in the end
-                self._listed[directory] = now, names
-        return names
-
     def find(self, ident: str, private: bool, glance: bool = False) -> list[_Entry]:
         """Return the whole entries of an object, validated last first.
 
-        What a glance does not see is at worst downloaded once more.
+        A glance may miss what others added within a second: at worst it is downloaded once more.
         """
         # The root is looked at where others could plant it; else the listing tells if it is there.
         if self.root not in _SAFE_ROOTS and not self.exists():
             return []
         directory = self.shard(ident)
+        names = _seen(directory) if glance else None
         good = []
-        for name in self._names(directory, glance):
+        for name in _list_shard(directory) if names is None else names:
             if not name.startswith(ident):
                 continue
             entry = _parse_entry(directory + os.sep + name)
@@ -3535,7 +3556,7 @@ class _Store:
             finally:
                 os.close(fd)
             # No fsync: in order, a power cut leaves a short file, and that is a miss.
-            return _publish(temporary, directory + os.sep + name)
+            return _publish(temporary, directory, name)
         except BaseException as error:
             _unlink(temporary)
             _raise_ours(error, directory, len(data))
@@ -3696,11 +3717,10 @@ class _Spool:
         return bytes(self._hashes[name].digest())
 
     def publish(self, name: str) -> str:
-        final = os.path.join(self.directory, name)
         with _Disk(self.directory, self.need):
             fd, self._fd = self._fd, -1
             os.close(fd)
-            return _publish(self._path, final)
+            return _publish(self._path, self.directory, name)
 
     def close(self) -> None:
         """Remove what was not published."""
@@ -3878,13 +3898,12 @@ class _Partial:
 
     def publish(self, directory: str, name: str) -> str:
         """Make the whole file durable, then visible; and drop what this version left behind."""
-        final = os.path.join(directory, name)
         with _Disk(directory, self.total):
             _sync(self.fd)  # written out of order: without it a power cut leaves zeros
             self.store.make(directory)
             self.close()
             _stamp(self.path + ".data")  # validated now, not when the last byte was written
-            _publish(self.path + ".data", final)
+            final = _publish(self.path + ".data", directory, name)
         self.store.drop_partials(self.key)
         return final
 
@@ -4946,17 +4965,17 @@ class _Options:
         self.access = _Access(anonymous, s3_client, self.offline)
         self.max_concurrency, self.threshold = max_concurrency, multipart_threshold_bytes
         self.max_age, self.stale_if_error = max_age, stale_if_error
+        self.unasked = self.offline or max_age > 0  # what the store holds may do
         self.version = version_id
         # How many bytes the first range asks for, in whole chunks.
         self.asked = max(_WHOLE, int(min(multipart_threshold_bytes, _SMALL)) // _CHUNK * _CHUNK)
         self.meter = _meter(progress)
         self.switch: _Stop | None = None
-        self.glance = False  # what the store holds is looked at as often as needed, not for each
 
     def under(self, switch: _Stop) -> _Options:
-        """Return the same options for a batch that this switch stops."""
+        """Return the same options for work that this switch stops."""
         other = object.__new__(_Options)
-        other.__dict__.update(self.__dict__, switch=switch, glance=True)
+        other.__dict__.update(self.__dict__, switch=switch)
         return other
 
 
@@ -4970,7 +4989,6 @@ class _Seat:
 
 _FLIGHTS: dict[tuple[str, str], _Seat] = {}
 _FLIGHTS_LOCK = threading.RLock()  # a Ctrl-C amid a wait may come before a Lock is held again
-_LANDED: dict[str, int] = {}  # shard -> another number after each flight
 
 
 def _pass_on(key: tuple[str, str], seat: _Seat) -> None:
@@ -5029,7 +5047,6 @@ class _Flight:
         if seat.depth > 1:
             seat.depth -= 1
             return
-        _LANDED[self._key[1][:2]] = next(_SERIAL)
         seat.depth, seat.owner = 0, 0  # without the lock: a Ctrl-C there must leave nobody waiting
         with _FLIGHTS_LOCK:
             _pass_on(self._key, seat)
@@ -5396,18 +5413,19 @@ class _Fetch:
     def __init__(self, source: _Source, opt: _Options) -> None:
         self.source, self.opt, self.store = source, opt, opt.store
         self.ident = ident = _ident(source.place_id)
-        self.key, self.landed = (opt.store.root, ident), _LANDED.get(ident[:2])
+        self.key, self.added = (opt.store.root, ident), _ADDED.get(opt.store.shard(ident))
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
         every = source.private or opt.access.anonymous is not True
-        self.entries = self.held = opt.store.find(ident, every, opt.glance)
+        # Whoever asks the server anyway can do with a glance.
+        self.entries = self.held = opt.store.find(ident, every, not opt.unasked)
         if self.entries and not source.private:
             self.held = [entry for entry in self.entries if not entry.private]
         self.tally = _SILENT if opt.meter is _SILENT else _Tally(opt.meter)
 
     def is_old(self) -> bool:
-        """Tell whether another thread may have fetched the object since we looked."""
-        return self.landed != _LANDED.get(self.ident[:2])
+        """Tell whether another thread may have added the object since we looked."""
+        return self.added != _ADDED.get(self.store.shard(self.ident))
 
     def _first(self, newest: _Entry | None) -> _Ask:
         """Return what to ask for first: a range, unless the object is still what we hold."""
@@ -6043,7 +6061,7 @@ class _Tree:
                 return entry.path
             with _Flight(self.store, look.ident, opt.switch):
                 if look.is_old():  # what another tree fetches is seen
-                    look.held = self.store.find(look.ident, look.source.private)
+                    look.held = self.store.find(look.ident, look.source.private, True)
                     entry = self.entry(key, look)
                     if entry:
                         return entry.path
@@ -6099,7 +6117,7 @@ def _cached(source: _Source, opt: _Options, look: _Fetch | None) -> LocalizedRes
     fetch = look if look and look.source is source else _Fetch(source, opt)
     ident, entries, held = fetch.ident, fetch.entries, fetch.held
     # 2. Offline, or young enough: no request.
-    if opt.offline or opt.max_age > 0:
+    if opt.unasked:
         found = _unasked(source, opt, entries)
         if found:
             return found
@@ -6109,19 +6127,19 @@ def _cached(source: _Source, opt: _Options, look: _Fetch | None) -> LocalizedRes
             return fetch.run(held)
         # Not where a client of boto3 asks: the next caller's may be set up otherwise.
         with _Flight(store, ident, opt.switch, not source.signed):
-            old = fetch.is_old()
-            if store.recently_partial() and store.pulse(ident):
-                lock, old = _Lock(store, ident), True
+            awaited = store.recently_partial() and store.pulse(ident) > 0
+            if awaited:
+                lock = _Lock(store, ident)
                 try:
                     _await_peer(store, ident, lock, lambda: None, opt.switch)
                 finally:
                     lock.release()
-            if old:
-                held = store.find(ident, source.private)
+            if awaited or fetch.is_old():  # what our own threads added is seen at a glance
+                held = store.find(ident, source.private, not awaited)
             return fetch.run(held)
     except TransferError as error:
         # Private ones, too, as without asking; a peer may have pruned some meanwhile.
-        last = [entry for entry in held or entries if entry.check()]
+        last = store.find(ident, source.private or opt.access.anonymous is not True)
         if not last and _may_be_tree(source):
             return _Tree(source, opt).stale(error)
         if not last or not _may_be_stale(opt, error):
@@ -6147,7 +6165,7 @@ def _look_at(text: str, opt: _Options, connect: bool = True) -> _Fetch | None:
     ours = target.kind == "http" and opt.version is None
     if target.kind == "s3":
         ours = not target.key.endswith("/") and not opt.access.signs(target.bucket)
-    if not ours or opt.offline or opt.max_age > 0:
+    if not ours or opt.unasked:
         return None
     look = _Fetch(next(opt.access.sources(target, opt.version)), opt)
     return look if look.ask_ahead(connect) else None
