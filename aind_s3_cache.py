@@ -189,6 +189,10 @@ _AHEAD = 16  # requests sent together, and answers read: code that is run again 
 _AHEAD_TOGETHER = 0.02  # seconds for sending those: connecting to a far server takes longer
 _AHEAD_WITHIN = 0.5  # seconds that an object may take for that; a server does not wait for long
 _TURN_WAIT = 0.02  # seconds: a hundred short turns; on a slow file system a turn takes longer
+_TURN_KEEP = 0.005  # seconds for which a thread may keep the turn, as CPython's own interval
+_TURN_GAP = 0.0002  # seconds between two calls of such a thread, at most
+_TURN_DOUBT = 0.05  # seconds for which no turn is kept after a thread that did not come back
+_TURN_NEAR = 0.0002  # seconds for an answer that is not worth waking another thread for
 _CHANGES = 3  # times an object may change under a download before we say so
 _DEAD = 30.0  # seconds without a byte after which whoever wrote a partial file is taken for dead
 _PEER_PATIENCE = 5.0  # seconds a peer's download may stand still before we no longer wait for it
@@ -853,11 +857,10 @@ def _content_range(headers: dict[str, str]) -> tuple[int, int, int] | None:
     unit, _, span = headers.get("content-range", "").partition(" ")
     part, _, total = span.strip().partition("/")
     first, dash, last = part.partition("-")
-    numbers = _digits(first), _digits(last), _digits(total)
-    if unit.lower() != "bytes" or not dash or None in numbers:
+    start, end, size = _digits(first), _digits(last), _digits(total)
+    if unit.lower() != "bytes" or not dash or start is None or end is None or size is None:
         return None
-    start, end, size = numbers
-    return (start, end + 1, size) if start <= end < size else None  # type: ignore[operator,return-value]
+    return (start, end + 1, size) if start <= end < size else None
 
 
 def _clean(value: str) -> bool:
@@ -1150,131 +1153,110 @@ class _Stop:
 
 
 class _Waiter:
-    """A thread that waits for its turn, and what another may do for it meanwhile."""
+    """A thread that waits for its turn."""
 
-    __slots__ = ("ahead", "busy", "gate", "given")
+    __slots__ = ("gate", "given")
 
-    def __init__(self, ahead: Callable[[], None] | None) -> None:
-        self.ahead, self.given = ahead, False
-        self.busy: list[None] = []  # not empty while something is done for it
-        self.gate = threading.Lock()
+    def __init__(self) -> None:
+        self.gate, self.given = threading.Lock(), False
         self.gate.acquire()
 
 
 class _Here(threading.local):
-    """Whether this thread is within a turn, and whether it has the turn now."""
+    """What a thread knows of its turn: is it within one, has it, and came it back at once."""
 
-    inside = held = False
+    inside = held = quick = False
+    since = asked = left = 0.0  # it got the turn, asked a server, ended its last call
 
 
 class _Turn:
     """Lets threads do their short work one at a time, and wait for the network together.
 
     Between two waits a small object takes a dozen short system calls, and each of them lets go of
-    the interpreter lock: many threads spend more time handing it around than working. Whoever has
-    the turn is interrupted by none of our threads, and sends the requests of those that are next.
-    Who does not get it soon, because the file system is slow, goes on without, and takes it over
-    where it stands still.
+    the interpreter lock: many threads spend more time handing it around than working. And to wake
+    a thread takes half as long as a call: whoever comes back at once, as in a caller's `map`, goes
+    on for a while, and waits for a server that answers as fast without handing the turn on. Who
+    does not get it because it stands still, as on a slow file system, takes it over.
     """
 
     def __init__(self) -> None:
         self._mutex, self._here = threading.Lock(), _Here()
-        # In rounds, and in each the last comes first: a caller's `map` waits for its first result,
-        # and so is woken once a round instead of once a call.
-        self._round: list[_Waiter] = []
-        self._next: list[_Waiter] = []
-        self._taken, self._given = False, 0
+        self._waiters: list[_Waiter] = []
+        self._taken, self._moves = False, 0
+        self._kept = 0  # by which thread, that is expected back
+        self._kept_since = self._doubt = 0.0  # one that was so did not come: none is until then
+        self._near = False  # the server that was asked last
 
-    def _take(self, ahead: Callable[[], None] | None = None) -> bool:
+    def _take(self) -> None:
+        me, here, now = threading.get_ident(), self._here, time.monotonic()
         with self._mutex:
-            if not self._taken:
-                self._taken = True
-                return True
-            waiter, given = _Waiter(ahead), self._given
-            self._next.append(waiter)
+            if not self._taken or self._kept:
+                if self._kept != me:
+                    here.since = now
+                self._taken, self._kept = True, 0
+                return
+            waiter, moves = _Waiter(), self._moves
+            self._waiters.append(waiter)
         try:
             while not waiter.gate.acquire(timeout=_TURN_WAIT) and not waiter.given:
-                if self._leave_queue(waiter):
-                    return self._given == given  # stuck, or gone with its thread: take it over
+                with self._mutex:
+                    now = time.monotonic()
+                    gone = self._kept and now - self._kept_since > _TURN_GAP
+                    if not waiter.given and (gone or self._moves == moves):
+                        self._forget(waiter)
+                        self._taken, self._kept, self._moves = True, 0, self._moves + 1
+                        if gone:
+                            self._doubt = now + _TURN_DOUBT
+                        break
+                    moves = self._moves
         except BaseException:  # Ctrl-C: nobody may hand the turn to a thread that is gone
-            waiter.ahead = None
-            while not self._leave_queue(waiter):
-                if waiter.given:
-                    self._give()
-                    break
-                time.sleep(0.001)  # what is being done for it must end first
+            with self._mutex:
+                self._forget(waiter)
+            if waiter.given:
+                self._give()
             raise
-        return True
+        here.since = time.monotonic()
 
-    def _leave_queue(self, waiter: _Waiter) -> bool:
-        """Wait no longer; False if the turn was given to it, or something is being done for it."""
-        with self._mutex:
-            for waiting in (self._round, self._next):
-                if waiter in waiting and not waiter.busy:
-                    waiting.remove(waiter)
-                    return True
-            return not waiter.busy and not waiter.given
+    def _forget(self, waiter: _Waiter) -> None:
+        if waiter in self._waiters:  # unless a Ctrl-C came as the turn was passed to it
+            self._waiters.remove(waiter)
 
     def _give(self) -> None:
         """Pass the turn on."""
         with self._mutex:
-            self._taken, self._given = False, self._given + 1
-            if not self._round:
-                self._round, self._next = self._next, []
-            for waiter in reversed(self._round):
-                if not waiter.busy:
-                    self._taken = waiter.given = True
-                    waiter.gate.release()
-                    self._round.remove(waiter)
-                    break
+            self._taken, self._kept, self._moves = False, 0, self._moves + 1
+            if self._waiters:
+                waiter = self._waiters.pop(0)
+                self._taken = waiter.given = True
+                waiter.gate.release()
 
-    def enter(self, ahead: Callable[[], None] | None = None) -> bool:
-        """Wait for the turn; ``ahead`` may be called meanwhile, by the thread that has it.
-
-        False within a turn: a caller's progress function may call us.
-        """
-        if self._here.inside:
+    def enter(self) -> bool:
+        """Wait for the turn. False within one: a caller's progress function may call us."""
+        here = self._here
+        if here.inside:
             return False
         try:
-            self._here.inside, self._here.held = True, False
-            self._here.held = self._take(ahead)
+            here.inside = True
+            here.quick = time.monotonic() - here.left < _TURN_GAP
+            self._take()
+            here.held = True
         except BaseException:
             self.exit(True)
             raise
         return True
 
     def exit(self, entered: bool) -> None:
-        if entered:
-            self.leave()
-            self._here.inside = False
-
-    def pause(self, connection: _Connection) -> None:
-        """Let others work, if this thread is about to wait for an answer."""
-        if not self._here.held:
+        if not entered:
             return
-        if self._round or self._next:
-            self._work_ahead()
-            if not connection.tls and connection.ready():
-                return  # no need to wait
-        self.leave()
-
-    def _work_ahead(self) -> None:
-        """Do for those that are next what they let us do, before we wait ourselves."""
-        busy: list[None] = [None]
-        try:
-            with self._mutex:
-                if not self._round:
-                    self._round, self._next = self._next, []
-                ready = self._round and self._round[-1].ahead
-                waiters = self._round[: -_AHEAD - 1 : -1] if ready else []
-                for waiter in waiters:
-                    waiter.busy = busy
-            for waiter in waiters:
-                ahead, waiter.ahead = waiter.ahead, None
-                if ahead:
-                    ahead()
-        finally:
-            busy.clear()  # of all at once: no Ctrl-C comes between
+        here, now = self._here, time.monotonic()
+        keep = self._waiters and here.quick and now - here.since < _TURN_KEEP and now > self._doubt
+        if here.held:
+            here.held = False
+            if keep:
+                self._kept_since, self._kept = now, threading.get_ident()
+            else:
+                self._give()
+        here.left, here.inside = now, False
 
     def leave(self) -> None:
         """Let another thread work: this one is about to wait."""
@@ -1282,10 +1264,23 @@ class _Turn:
             self._here.held = False
             self._give()
 
+    def pause(self) -> None:
+        """Let others work, unless a server is asked that answers before one of them is awake."""
+        here = self._here
+        if here.held:
+            here.asked = time.monotonic()
+            if not (self._near and self._waiters):
+                here.held = False
+                self._give()
+
     def resume(self) -> None:
         """Go on after a wait, if within a turn."""
-        if self._here.inside and not self._here.held:
-            self._here.held = self._take()
+        here = self._here
+        if here.inside:
+            self._near = time.monotonic() - here.asked < _TURN_NEAR
+            if not here.held:
+                self._take()
+                here.held = True
 
 
 _TURN = _Turn()
@@ -1315,15 +1310,15 @@ def _is_of_handler(error: Exception) -> bool:
     return False
 
 
-def _readiness(sock: Socket) -> Callable[[], object]:
-    """Return a function that tells, without waiting, whether a socket has something to read."""
+def _readiness(sock: Socket) -> Callable[[int], object]:
+    """Return a function that waits some milliseconds until a socket has something to read."""
     import select
 
     if hasattr(select, "poll"):  # select refuses descriptors above 1023
         poll = select.poll()
         poll.register(sock, select.POLLIN)
-        return partial(poll.poll, 0)
-    return lambda: select.select([sock], [], [], 0)[0]
+        return poll.poll
+    return lambda timeout: select.select([sock], [], [], timeout / 1000)[0]
 
 
 class _Connection:
@@ -1356,7 +1351,7 @@ class _Connection:
         """Tell whether a kept connection has brought what nobody asked for, or its end."""
         sock: Any = self.sock
         try:
-            if not (self.tls and sock.pending()) and not self.ready():
+            if not (self.tls and sock.pending()) and not self.ready(0):
                 return False
             if self.tls:
                 sock.settimeout(0)
@@ -1516,10 +1511,13 @@ def _first_env(*names: str) -> str:
     # was a seventh of a hit.
     held = _HELD if os.environ is _ENVIRON else None  # tests put another in its place
     for name in names:
-        if held is None or _env_key(name) in held:
+        if held is None:
             value = os.environ.get(name)
-            if value:
-                return value
+        else:
+            raw = held.get(_env_key(name))
+            value = raw and _ENVIRON.decodevalue(raw)
+        if value:
+            return str(value)
     return ""
 
 
@@ -1904,7 +1902,7 @@ class _Exchange:
     def _receive(self, connection: _Connection) -> tuple[int, dict[str, str], _Body]:
         """Read the head of the answer to the request that was sent last."""
         try:
-            _TURN.pause(connection)
+            _TURN.pause()
             deadline = time.monotonic() + _HEAD_TIMEOUT
             for _ in range(10):  # informational ones (RFC 9110, 15.2); nobody sends more than two
                 status, headers, new = _parse_head(connection.until(b"\r\n\r\n", deadline))
@@ -1921,29 +1919,21 @@ class _Exchange:
         _log(_DEBUG, "%s %s: %d", self.method, self.place, status)
         return status, headers, body
 
-    def send_ahead(self, connect: bool) -> bool:
-        """Send the request, to read the answer later; without `connect` on a kept connection only.
-
-        False if it was not sent.
-        """
-        if not connect and self.env.proxied(self.place.origin[0]):
-            return False  # to ask for a proxy may take long
+    def send_ahead(self) -> bool:
+        """Send the request, to read the answer later; False if it was not sent."""
         self._route()
-        connection = _POOL.take(self.key)
         try:
-            if connect and not connection:
-                connection = self._connect()
-            if connection:
-                self._send(connection)
+            connection = _POOL.take(self.key) or self._connect()
+            self._send(connection)
         except OSError:
             return False
         self.sent = connection
-        return connection is not None
+        return True
 
     def read_ahead(self) -> None:
         """Read the head of the answer to a request that was sent ahead, if it has come."""
         sent = self.sent
-        if sent and sent.ready():
+        if sent and sent.ready(0):
             try:
                 self.read = self._receive(sent)
                 self.sent = None
@@ -2305,14 +2295,13 @@ class _Unsigned(_S3):
         return told if _is_region(told) else ""
 
     def _settled(
-        self, ask: Callable[[], _Exchange], begun: _Exchange | None = None
+        self, exchange: _Exchange, ask: Callable[[], _Exchange]
     ) -> tuple[int, dict[str, str], Reader]:
-        """Ask; once more where the bucket's region is another than we thought."""
-        exchange = begun or ask()
-        status, headers, body = exchange.answer()
+        """Return the answer; ask once more where the bucket's region is another than we thought."""
+        status, headers, body = reply = exchange.answer()
         moved = status in (301, 302, 307, 308)
         if not moved and status != 400:
-            return status, headers, body
+            return reply
         text = _read_error(body)
         # What is said of a bucket in a region that accounts have to opt in to; it is not named.
         opt_in = _parse_error(text).get("Code") == "IllegalLocationConstraintException"
@@ -2334,7 +2323,8 @@ class _Unsigned(_S3):
         return _Exchange(self._at(self.key, query), self.env, fields, switch=ask.switch)
 
     def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
-        return self._answer(*self._settled(lambda: self.exchange(ask), begun))
+        exchange = begun or self.exchange(ask)
+        return self._answer(*self._settled(exchange, partial(self.exchange, ask)))
 
     def list_page(
         self, prefix: str, token: str | None, switch: _Stop | None
@@ -2342,9 +2332,11 @@ class _Unsigned(_S3):
         query = f"?list-type=2&encoding-type=url&prefix={_quote(prefix, _WORD)}"
         if token:
             query += f"&continuation-token={_quote(token, _WORD)}"
-        status, headers, body = self._settled(
-            lambda: _Exchange(self._at("", query), self.env, switch=switch)
-        )
+
+        def ask() -> _Exchange:
+            return _Exchange(self._at("", query), self.env, switch=switch)
+
+        status, headers, body = self._settled(ask(), ask)
         if status != 200:
             raise self._error(status, headers, _read_error(body))
         page = _read_up_to(body, _LIST_LIMIT)  # cut there it is no XML
@@ -2812,7 +2804,7 @@ class _Bytes(_Sink):
     """A body of known size in memory."""
 
     def __init__(self, size: int, progress: Callable[[int], object] = int) -> None:
-        super().__init__(0, progress)
+        self.at, self.progress = 0, progress
         self.data = bytearray(size)
         self.view = memoryview(self.data)
 
@@ -5413,7 +5405,8 @@ class _Fetch:
     def __init__(self, source: _Source, opt: _Options) -> None:
         self.source, self.opt, self.store = source, opt, opt.store
         self.ident = ident = _ident(source.place_id)
-        self.key, self.added = (opt.store.root, ident), _ADDED.get(opt.store.shard(ident))
+        self.key, self.shard = (opt.store.root, ident), opt.store.shard(ident)
+        self.added = _ADDED.get(self.shard)
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
         every = source.private or opt.access.anonymous is not True
@@ -5425,7 +5418,7 @@ class _Fetch:
 
     def is_old(self) -> bool:
         """Tell whether another thread may have added the object since we looked."""
-        return self.added != _ADDED.get(self.store.shard(self.ident))
+        return self.added != _ADDED.get(self.shard)
 
     def _first(self, newest: _Entry | None) -> _Ask:
         """Return what to ask for first: a range, unless the object is still what we hold."""
@@ -5438,7 +5431,7 @@ class _Fetch:
             switch=self.opt.switch,
         )
 
-    def ask_ahead(self, connect: bool = True) -> bool:
+    def ask_ahead(self) -> bool:
         """Send the first request now, to read its answer in the call's turn; False if not."""
         if self.key in _FLIGHTS or self.key in _ASKED:
             return False  # what another thread fetches is not asked for twice
@@ -5450,7 +5443,7 @@ class _Fetch:
         self.asked = True
         try:
             _ASKED.add(self.key)
-            if exchange.send_ahead(connect):
+            if exchange.send_ahead():
                 self.begun = exchange
         finally:
             if not self.begun:
@@ -6110,7 +6103,7 @@ def _unasked(source: _Source, opt: _Options, entries: list[_Entry]) -> Localized
     return found
 
 
-def _cached(source: _Source, opt: _Options, look: _Fetch | None) -> LocalizedResource:
+def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedResource:
     """Return one object from the cache, from the server, or from whichever of the two can."""
     store = opt.store
     # 1. What we hold.
@@ -6159,7 +6152,7 @@ def _local(text: str) -> LocalizedResource:
     return LocalizedResource(path, False, "local", "local", text, None, size)
 
 
-def _look_at(text: str, opt: _Options, connect: bool = True) -> _Fetch | None:
+def _look_at(text: str, opt: _Options) -> _Fetch | None:
     """Look for a single object and ask ahead for it, if that is sure to be asked; else None."""
     target = _target(text)
     ours = target.kind == "http" and opt.version is None
@@ -6168,23 +6161,16 @@ def _look_at(text: str, opt: _Options, connect: bool = True) -> _Fetch | None:
     if not ours or opt.unasked:
         return None
     look = _Fetch(next(opt.access.sources(target, opt.version)), opt)
-    return look if look.ask_ahead(connect) else None
+    return look if look.ask_ahead() else None
 
 
 def _object(target: _Target, opt: _Options, look: _Fetch | None) -> LocalizedResource:
     """Localize a single object, in its turn."""
-
-    def ahead() -> None:  # another thread's time: too short for connecting
-        nonlocal look
-        look = _quietly(partial(_look_at, connect=False), target.text, opt)
-
     entered = False
     try:
-        entered = _TURN.enter(None if look else ahead)
+        entered = _TURN.enter()
         made = look.source if look else None
-        return opt.access.attempt(
-            target, opt.version, lambda source: _cached(source, opt, look), made
-        )
+        return opt.access.attempt(target, opt.version, partial(_cached, opt, look), made)
     finally:
         _TURN.exit(entered)
         if look:

@@ -151,7 +151,7 @@ def test_threads_that_queue_for_their_turn_download_it_once(
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         entered = s3c._TURN.enter()
         calls = [pool.submit(get, uri) for _ in range(4)]
-        while len(s3c._TURN._next) < 4:
+        while len(s3c._TURN._waiters) < 4:
             time.sleep(0.001)
         s3c._TURN.exit(entered)
         assert {call.result().size for call in calls} == {MiB // 2}
@@ -201,7 +201,7 @@ def interrupt_at(step: int, work: Callable[[], Any], functions: set[str]) -> str
             return None
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
         # No signal is handled between a block's end and what releases its lock or mark.
-        left[0] -= event == "line" and not line.lstrip().startswith(("with ", "busy.clear"))
+        left[0] -= event == "line" and not line.lstrip().startswith("with ")
         if left[0] < 0:
             sys.settrace(before)
             raise KeyboardInterrupt(line)
@@ -218,24 +218,64 @@ def interrupt_at(step: int, work: Callable[[], Any], functions: set[str]) -> str
 
 
 def enter_and_exit(turn: Any) -> None:
-    turn.exit(turn.enter(int))
+    turn.exit(turn.enter())
 
 
-@pytest.mark.parametrize("name", ["leave", "_work_ahead"])
+@pytest.mark.parametrize("name", ["leave", "pause", "exit"])
 def test_an_interrupt_at_any_line_of_a_turn_leaves_nobody_waiting(name: str) -> None:
     for step in range(50):
         turn = s3c._Turn()
         entered = turn.enter()
         other = threading.Thread(target=enter_and_exit, args=(turn,), daemon=True)
         other.start()
-        while not turn._next:
+        while not turn._waiters:
             time.sleep(0.001)
-        interrupted = interrupt_at(step, getattr(turn, name), {"leave", "_give", "_work_ahead"})
+        work = partial(turn.exit, entered) if name == "exit" else getattr(turn, name)
+        interrupted = interrupt_at(step, work, {name, "_give"})
         turn.exit(entered)
         other.join(2)
         assert not other.is_alive(), interrupted
         if not interrupted:
             break
+
+
+def test_a_thread_that_keeps_its_turn_and_does_not_come_back_holds_nobody_up() -> None:
+    turn = s3c._Turn()
+    enter_and_exit(turn)  # from here on it is known to come back at once
+    entered = turn.enter()
+    other = threading.Thread(target=enter_and_exit, args=(turn,), daemon=True)
+    other.start()
+    while not turn._waiters:
+        turn._here.quick, turn._here.since = True, time.monotonic()
+    turn.exit(entered)
+    assert turn._kept, "the turn was handed on"
+    other.join(2)
+    assert not other.is_alive()
+
+
+PEER = """
+import sys, SUBJECT as s3c
+print(s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2]).status)
+"""
+
+
+@pytest.mark.parametrize("options", [{"offline": True}, {"max_age": 60}], ids=repr)
+def test_what_another_process_has_just_added_is_found_where_nobody_is_asked(
+    options: dict[str, Any],
+    publish: Publish,
+    get: Get,
+    run_python: Any,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(s3c, "_GLANCE", 60.0)
+    for _ in range(2):  # and so the shard is remembered
+        get(publish(b"old"))
+    uri = publish(b"new")
+    time.sleep(0.02)  # the file system's clock
+    assert run_python(PEER, uri, cache).stdout == "downloaded\n"
+    found = get(uri, **options)
+    assert (found.status, found.path.read_bytes()) == ("fresh", b"new")
 
 
 def test_threads_that_find_a_large_object_changed_download_it_once(
