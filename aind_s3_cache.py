@@ -3481,15 +3481,16 @@ class _Store:
     def find(self, ident: str, private: bool, glance: bool = False) -> list[_Entry]:
         """Return the whole entries of an object, validated last first.
 
-        A glance may miss what others added within a second: at worst it is downloaded once more.
+        Where a glance finds one, it may miss a newer one that another process added within a
+        second: at worst that is downloaded once more.
         """
         # The root is looked at where others could plant it; else the listing tells if it is there.
         if self.root not in _SAFE_ROOTS and not self.exists():
             return []
         directory = self.shard(ident)
-        names = _seen(directory) if glance else None
+        names = [n for n in (glance and _seen(directory)) or () if n.startswith(ident)]
         good = []
-        for name in _list_shard(directory) if names is None else names:
+        for name in names or _list_shard(directory):
             if not name.startswith(ident):
                 continue
             entry = _parse_entry(directory + os.sep + name)
