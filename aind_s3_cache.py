@@ -4479,8 +4479,8 @@ def _decompress(data: bytearray, wbits: int, limit: int) -> bytearray | None:
 
 def _is_zlib(data: bytearray) -> bool:
     """Tell whether data begin with zlib's header, whatever its window (RFC 1950, 2.2)."""
-    head = int.from_bytes(data[:2], "big")
-    return head >> 8 & 15 == 8 and head % 31 == 0
+    head = int.from_bytes(data[:2], "big")  # no preset dictionary: "80" would be the text of one
+    return head >> 8 & 15 == 8 and head % 31 == 0 and not head & 0x20
 
 
 def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:

@@ -149,6 +149,12 @@ def test_standard_input_is_a_file_too(cli: Run) -> None:
     assert json.loads(cli("json", "/dev/stdin", input=TEXT).stdout) == DOCUMENT
 
 
+def test_a_number_that_looks_like_a_header_of_zlib_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "80").write_text("80 1")
+    with pytest.raises(s3c.InvalidJSONError, match="Extra data"):
+        s3c.get_json(tmp_path / "80")
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc here")
 def test_a_file_that_does_not_say_its_size_is_read(tmp_path: Path) -> None:
     with pytest.raises(s3c.InvalidJSONError, match="Extra data"):  # behind the first number
