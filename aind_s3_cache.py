@@ -121,7 +121,7 @@ if TYPE_CHECKING:
     from io import FileIO
     from pathlib import Path, PurePath
     from socket import socket as Socket
-    from typing import Any, BinaryIO, Protocol, TypeVar, Union
+    from typing import Any, BinaryIO, NoReturn, Protocol, TypeVar, Union
 
     T = TypeVar("T")
     E = TypeVar("E", bound="S3CacheError")
@@ -1152,16 +1152,6 @@ class _Stop:
             what.stop()
 
 
-class _Waiter:
-    """A thread that waits for its turn."""
-
-    __slots__ = ("gate", "given")
-
-    def __init__(self) -> None:
-        self.gate, self.given = threading.Lock(), False
-        self.gate.acquire()
-
-
 class _Here(threading.local):
     """What a thread knows of its turn: is it within one, has it, and came it back at once."""
 
@@ -1180,8 +1170,8 @@ class _Turn:
     """
 
     def __init__(self) -> None:
-        self._mutex, self._here = threading.Lock(), _Here()
-        self._waiters: list[_Waiter] = []
+        self._mutex, self._here = threading.RLock(), _Here()  # a signal handler may call us
+        self._waiters: list[threading.Lock] = []  # each is let go of when its thread's turn comes
         self._taken, self._moves = False, 0
         self._kept = 0  # by which thread, that is expected back
         self._kept_since = self._doubt = 0.0  # one that was so did not come: none is until then
@@ -1195,15 +1185,18 @@ class _Turn:
                     here.since = now
                 self._taken, self._kept = True, 0
                 return
-            waiter, moves = _Waiter(), self._moves
-            self._waiters.append(waiter)
+            gate, moves = threading.Lock(), self._moves
+            gate.acquire()
+            self._waiters.append(gate)
         try:
-            while not waiter.gate.acquire(timeout=_TURN_WAIT) and not waiter.given:
+            while not gate.acquire(timeout=_TURN_WAIT):
                 with self._mutex:
+                    if gate not in self._waiters:  # given at this very moment
+                        break
                     now = time.monotonic()
                     gone = self._kept and now - self._kept_since > _TURN_GAP
-                    if not waiter.given and (gone or self._moves == moves):
-                        self._forget(waiter)
+                    if gone or self._moves == moves:
+                        self._waiters.remove(gate)
                         self._taken, self._kept, self._moves = True, 0, self._moves + 1
                         if gone:
                             self._doubt = now + _TURN_DOUBT
@@ -1211,24 +1204,26 @@ class _Turn:
                     moves = self._moves
         except BaseException:  # Ctrl-C: nobody may hand the turn to a thread that is gone
             with self._mutex:
-                self._forget(waiter)
-            if waiter.given:
+                waits = gate in self._waiters
+                if waits:
+                    self._waiters.remove(gate)
+            if not waits:
                 self._give()
             raise
         here.since = time.monotonic()
-
-    def _forget(self, waiter: _Waiter) -> None:
-        if waiter in self._waiters:  # unless a Ctrl-C came as the turn was passed to it
-            self._waiters.remove(waiter)
 
     def _give(self) -> None:
         """Pass the turn on."""
         with self._mutex:
             self._taken, self._kept, self._moves = False, 0, self._moves + 1
             if self._waiters:
-                waiter = self._waiters.pop(0)
-                self._taken = waiter.given = True
-                waiter.gate.release()
+                self._taken = True
+                self._waiters.pop(0).release()
+
+    @property
+    def inside(self) -> bool:
+        """Tell whether this thread is in the midst of a call."""
+        return self._here.inside
 
     def enter(self) -> bool:
         """Wait for the turn. False within one: a caller's progress function may call us."""
@@ -1298,7 +1293,8 @@ def _shut_down(sock: Socket) -> None:
 def _is_of_handler(error: Exception) -> bool:
     """Tell whether a caller's signal handler raised this: a limit of time, no fault of a socket.
 
-    A handler is known by what it alone is given: the frame that it interrupts, which called it.
+    A handler is known by what it alone is given: the frame that it interrupts, which called it. One
+    that forgets it, as by ``del frame``, is not.
     """
     trace = error.__traceback__
     while trace and trace.tb_next:
@@ -1329,7 +1325,6 @@ class _Connection:
     )  # fmt: skip
 
     def __init__(self, sock: Socket, key: tuple[Any, ...]) -> None:
-        # Whether something has come; over TLS that may be less than a byte of an answer.
         self.ready = _readiness(sock)
         self.sock, self.key, self.data = sock, key, b""
         self.idle_since = self.slow_since = time.monotonic()
@@ -1345,6 +1340,7 @@ class _Connection:
         if self.switch:
             self.switch.drop(self)
         _POOL.open.discard(self)
+        self.data = b""  # the rest of what could not be read answers nothing
         self.sock.close()
 
     def is_spoilt(self) -> bool:
@@ -1363,6 +1359,12 @@ class _Connection:
             if _is_of_handler(error):
                 raise
         return True
+
+    def has_head(self) -> bool:
+        """Tell, without waiting, whether the whole head of an answer has come."""
+        if not self.tls and self.ready(0):  # over TLS that may be less than a byte of it
+            self.data += self.sock.recv(16384)
+        return b"\r\n\r\n" in self.data and self.data[9:10] != b"1"  # the next head may be far
 
     def receive(self, deadline: float) -> bytes:
         """Return what comes next before the deadline; b"" at the end of the connection."""
@@ -1440,7 +1442,7 @@ class _Pool:
     """Connections that wait for their next request, last in first out, for all threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may call us
         self._idle: list[_Connection] = []
         self.open: set[_Connection] = set()
 
@@ -1490,7 +1492,7 @@ class _Pool:
         """Close, in the child, every socket of the parent; not shut down: the parent uses them."""
         for connection in self.open:
             connection.sock.close()
-        self._lock, self._idle, self.open = threading.Lock(), [], set()
+        self._lock, self._idle, self.open = threading.RLock(), [], set()
 
 
 _POOL = _Pool()
@@ -1644,15 +1646,13 @@ def _timed_out(error: Exception) -> bool:
     return isinstance(error, TimeoutError) or type(error).__name__ == "timeout"  # 3.9's
 
 
-def _wire_error(error: Exception, place: _Place, proxy: _Place | None = None) -> Exception:
+def _wire_error(error: Exception, place: _Place, proxy: _Place | None) -> S3CacheError:
     """Return the error of ours for what went wrong on a socket: likely cause and next step.
 
     It names the proxy whose socket it is, if any.
     """
     import socket
 
-    if isinstance(error, S3CacheError) or _is_of_handler(error):
-        return error
     kind, place = ("proxy ", proxy) if proxy else ("", place)
     where = kind + place.address
     number = getattr(error, "errno", None)
@@ -1680,6 +1680,13 @@ def _wire_error(error: Exception, place: _Place, proxy: _Place | None = None) ->
     return make(f"Connection to {where} failed: {_printable(reason)}", retry="soon")
 
 
+def _raise_wire(error: Exception, place: _Place, proxy: _Place | None = None) -> NoReturn:
+    """Raise the error of ours for a socket's; what is none, as it is."""
+    if isinstance(error, S3CacheError) or _is_of_handler(error):
+        raise error
+    raise _wire_error(error, place, proxy) from None
+
+
 def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None:
     """Ask the proxy for a tunnel (RFC 9110, 9.3.6)."""
     target, login = place.address, proxy.login("Proxy-Authorization")
@@ -1690,7 +1697,7 @@ def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None
         sock.settimeout(_STALL_TIMEOUT)  # as `receive` expects
         head = wire.until(b"\r\n\r\n", deadline)
     except OSError as error:
-        raise _wire_error(error, place, proxy) from None
+        _raise_wire(error, place, proxy)
     status, _, _ = _parse_head(head)
     if status != 200 or wire.data:
         kind = _retry_kind(status, None)
@@ -1786,7 +1793,7 @@ class _Body:
                 )
         except (OSError, ValueError) as error:
             self.close()
-            raise _wire_error(error, self.place) from None
+            _raise_wire(error, self.place)
         except BaseException:
             self.close()
             raise
@@ -1862,7 +1869,7 @@ class _Exchange:
         try:
             sock = _dial((proxy or place).origin, deadline)
         except OSError as error:
-            raise _wire_error(error, place, proxy) from None
+            _raise_wire(error, place, proxy)
         try:
             if context:
                 if proxy:
@@ -1925,7 +1932,9 @@ class _Exchange:
         try:
             connection = _POOL.take(self.key) or self._connect()
             self._send(connection)
-        except OSError:
+        except OSError as error:
+            if _is_of_handler(error):
+                raise
             return False
         self.sent = connection
         return True
@@ -1933,12 +1942,13 @@ class _Exchange:
     def read_ahead(self) -> None:
         """Read the head of the answer to a request that was sent ahead, if it has come."""
         sent = self.sent
-        if sent and sent.ready(0):
-            try:
+        try:
+            if sent and sent.has_head():
+                self.sent = None  # if it cannot be read, the connection goes, and we ask again
                 self.read = self._receive(sent)
-                self.sent = None
-            except OSError:  # of a connection that is closed now, and so asked again
-                pass
+        except OSError as error:
+            if _is_of_handler(error):
+                raise
 
     def close(self) -> None:
         """Leave a request that was sent ahead, if nobody wants its answer."""
@@ -1974,10 +1984,10 @@ class _Exchange:
             self._send(new)
             return self._receive(new)
         except (OSError, ValueError) as error:
-            if self.switch:
+            if self.switch and not _is_of_handler(error):
                 self.switch.check()
             proxy = self.proxy if self.place.origin[0] == "http" else None  # else it is behind TLS
-            raise _wire_error(error, self.place, proxy) from None
+            _raise_wire(error, self.place, proxy)
 
 
 def _redirected(place: _Place, location: str) -> _Place:
@@ -2652,6 +2662,8 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
                 hint='Run: pip install "aind-s3-cache[boto3]", or use anonymous=True',
             ) from None
         except Exception as error:  # botocore's own, and those of what its files name
+            if _is_of_handler(error):
+                raise
             text = f"boto3 cannot be set up ({type(error).__name__})"
             if not isinstance(error, ValueError):  # which may show a URL with its password
                 text += f": {_printable(str(error))}"
@@ -3242,7 +3254,15 @@ def _sync(fd: int) -> None:
             raise
 
 
+def _remember(memory: dict[str, T], name: str, what: T) -> None:
+    """Note something that may be forgotten, as all is when it becomes too much."""
+    if len(memory) > 1024:  # four caches' shards
+        memory.clear()
+    memory[name] = what
+
+
 _LISTED: dict[str, tuple[float, list[str]]] = {}  # shard -> when it was listed, and what it held
+_NEVER: tuple[float, list[str]] = (0.0, [])
 _ADDED: dict[str, int] = {}  # shard -> another number whenever a thread of ours adds to it
 
 
@@ -3254,19 +3274,12 @@ def _list_shard(directory: str) -> list[str]:
         names = os.listdir(directory)
     except OSError:
         names = []
-    if len(names) < 256:  # of a very large cache less would be remembered than it is worth
-        if len(_LISTED) > 256:
-            _LISTED.clear()
-        _LISTED[directory] = now, names
-        if _ADDED.get(directory) != added:  # maybe after the listing, and to the one before
-            _LISTED.pop(directory, None)
+    _remember(_LISTED, directory, (now, names))
+    # Of a very large cache, more than it is worth; or some were added, maybe after the listing, and
+    # noted in the one before.
+    if len(names) > 255 or _ADDED.get(directory) != added:
+        _LISTED.pop(directory, None)
     return names
-
-
-def _seen(directory: str) -> list[str] | None:
-    """Return the names that a shard held within the last second, and what we added; or None."""
-    when, names = _LISTED.get(directory, (0.0, None))
-    return names if time.monotonic() - when < _GLANCE else None
 
 
 def _publish(temporary: str, directory: str, name: str) -> str:
@@ -3291,9 +3304,7 @@ def _publish(temporary: str, directory: str, name: str) -> str:
             time.sleep(pause)
     else:
         os.replace(temporary, final)
-    if len(_ADDED) > 4096:
-        _ADDED.clear()
-    _ADDED[directory] = next(_SERIAL)
+    _remember(_ADDED, directory, next(_SERIAL))
     seen = _LISTED.get(directory)
     if seen:
         seen[1].append(name)
@@ -3313,7 +3324,7 @@ def _checksum_of_file(path: str) -> str:
         return _checksum(b"".join(map(_crcs, iter(partial(file.read, _CHUNK), b""))))
 
 
-_SAFE_ROOTS: set[str] = set()  # where nobody else can plant them
+_SAFE_ROOTS: dict[str, float] = {}  # root -> when nobody else could plant it
 _KNOWN_ROOTS: dict[str, tuple[int, ...]] = {}  # root -> what it was when found safe
 _PARTIAL_LOOKS: dict[str, tuple[float, bool]] = {}  # root -> when, and what, `recently_partial` saw
 
@@ -3422,12 +3433,12 @@ class _Store:
             raise _disk_error(error, self.root) from None
         # A directory put in its place is looked at again; it may have got the same inode.
         known = found.st_dev, found.st_ino, found.st_uid, found.st_mode
-        if self.root not in _SAFE_ROOTS and _KNOWN_ROOTS.get(self.root) != known:
+        if _KNOWN_ROOTS.get(self.root) != known:
             if _others_write(self.cache_dir):
                 _guard(self.root)
-                _KNOWN_ROOTS[self.root] = known
+                _remember(_KNOWN_ROOTS, self.root, known)
             else:
-                _SAFE_ROOTS.add(self.root)
+                _remember(_SAFE_ROOTS, self.root, time.monotonic())
         self._found = stat.S_ISDIR(found.st_mode)
         return self._found
 
@@ -3484,21 +3495,28 @@ class _Store:
         Where a glance finds one, it may miss a newer one that another process added within a
         second: at worst that is downloaded once more.
         """
+        now, directory = time.monotonic(), self.shard(ident)
         # The root is looked at where others could plant it; else the listing tells if it is there.
-        if self.root not in _SAFE_ROOTS and not self.exists():
+        if now - _SAFE_ROOTS.get(self.root, -_GLANCE) >= _GLANCE and not self.exists():
             return []
-        directory = self.shard(ident)
-        names = [n for n in (glance and _seen(directory)) or () if n.startswith(ident)]
-        good = []
-        for name in names or _list_shard(directory):
-            if not name.startswith(ident):
-                continue
+        when, names = _LISTED.get(directory, _NEVER)
+        seen = glance and now - when < _GLANCE and [n for n in names if n.startswith(ident)]
+        good = seen and self._whole(directory, seen, private)
+        if not good:
+            names = [n for n in _list_shard(directory) if n.startswith(ident)]
+            good = self._whole(directory, names, private)
+        return sorted(good, key=self.validated, reverse=True) if good[1:] else good
+
+    def _whole(self, directory: str, names: list[str], private: bool) -> list[_Entry]:
+        """Return those of the names that are whole entries, and for this caller."""
+        found = []
+        for name in names:
             entry = _parse_entry(directory + os.sep + name)
             if entry and entry.private and not (private and os.access(entry.path, os.R_OK)):
                 continue  # not for this caller, or of another user
             if entry and entry.check():
-                good.append(entry)
-        return sorted(good, key=self.validated, reverse=True) if good[1:] else good
+                found.append(entry)
+        return found
 
     def missing(self, ident: str, uri: str) -> S3CacheError:
         """Return the error for an object that nobody can ask for: not there, or not to be seen."""
@@ -3588,7 +3606,7 @@ class _Store:
         looked, recent = _PARTIAL_LOOKS.get(self.root, (-1.0, False))
         if now - looked > 1.0:
             recent = time.time() - _newest(self.partial) < 600
-            _PARTIAL_LOOKS[self.root] = now, recent
+            _remember(_PARTIAL_LOOKS, self.root, (now, recent))
         return recent
 
 
@@ -4830,9 +4848,6 @@ class _Meter:
 class _Silent(_Meter):
     """The meter of a call without progress; its own tally."""
 
-    def __init__(self) -> None:
-        super().__init__(int)
-
     def __call__(self, size: int) -> None:
         pass
 
@@ -4840,7 +4855,7 @@ class _Silent(_Meter):
         pass
 
 
-_SILENT = _Silent()
+_SILENT = _Silent(int)
 
 
 class _Tally:
@@ -5397,7 +5412,7 @@ class _Fetch:
 
     asked = False  # ahead
     begun: _Exchange | None = None  # its answer is still to be read
-    ask: _Ask | None = None  # what was asked so
+    ask: _Ask  # what was asked so
     newest: _Entry | None = None  # on the condition that we do not hold this
     plain = False  # ask without range and conditions
     doubted = False  # bytes were not as promised: use nothing of that try
@@ -5492,11 +5507,13 @@ class _Fetch:
     def _once(self, held: list[_Entry]) -> LocalizedResource | None:
         """Ask once and do what the answer says; None if what we held is gone."""
         newest = held[0] if held and not self.plain else None
-        begun, ask = self.begun, self.ask
-        if begun and ask and newest is self.newest:
-            self.begun = None
-        else:  # nothing was asked on this very condition
-            begun, ask = None, _Ask(switch=self.opt.switch) if self.plain else self._first(newest)
+        begun: _Exchange | None = None
+        if self.plain:
+            ask = _Ask(switch=self.opt.switch)
+        elif self.begun and newest is self.newest:  # else it was asked on another condition
+            ask, begun, self.begun = self.ask, self.begun, None
+        else:
+            ask = self._first(newest)
         answer = self.source.read(ask, begun)
         try:
             same = next((e for e in held if _is_same(e, answer)), None) if held else None
@@ -5748,7 +5765,9 @@ def _quietly(look: Callable[[T, _Options], _Fetch | None], item: T, opt: _Option
     """Look and ask ahead; what goes wrong is met again, and reported, in the call's turn."""
     try:
         return look(item, opt)
-    except (S3CacheError, OSError, ValueError, TypeError):
+    except (S3CacheError, OSError, ValueError, TypeError) as error:
+        if _is_of_handler(error):
+            raise
         return None
 
 
@@ -5780,9 +5799,7 @@ class _Batch:
             _Crew(self._work, self._switch).run(self._threads, self._grow)
             self._switch.check()  # stopped from above: what was done is not all
         finally:
-            for _, look in self._begun[:]:
-                if look:
-                    look.close()
+            self._close()
             if self._opt.switch:
                 self._opt.switch.drop(self._switch)
 
@@ -5820,6 +5837,14 @@ class _Batch:
         finally:
             with self._lock:
                 self._begun += begun
+            if self._switch.event.is_set():  # nobody may be left to do it
+                self._close()
+
+    def _close(self) -> None:
+        """Leave what was begun and not read."""
+        for _, look in self._begun[:]:
+            if look:
+                look.close()
 
     def _next(self) -> tuple[Any, _Fetch | None] | None:
         with self._lock:
@@ -5834,7 +5859,7 @@ class _Batch:
         while not self._switch.event.is_set():
             if self._quick and len(self._begun) < 2:
                 self._begin(opt)
-            begun = self._next()
+            begun = None if self._switch.event.is_set() else self._next()
             if begun is None:
                 return
             since = time.monotonic()
@@ -5925,17 +5950,20 @@ class _Tree:
     def held(self) -> LocalizedResource | None:
         """Return what may be served without asking."""
         for stamp, path in self.snapshots():
-            if _is_fresh(self.opt, stamp) and _holds_all(path):
-                self.store.used(path, stamp)
+            if _is_fresh(self.opt, stamp) and self.keep(stamp, path):
                 return self.result(path, "fresh")
         return None
+
+    def keep(self, stamp: float, path: str) -> bool:
+        """Note a snapshot's use, so that nobody prunes it; False if it is not whole."""
+        self.store.used(path, stamp)
+        return _holds_all(path)
 
     def stale(self, error: TransferError) -> LocalizedResource:
         """Return the last snapshot where the server fails, or raise the error."""
         for stamp, path in self.snapshots() if _may_be_stale(self.opt, error) else ():
-            if _holds_all(path):
+            if self.keep(stamp, path):
                 _warn("serving a stale copy of %s: %s", self.source.uri, error)
-                self.store.used(path, stamp)
                 return self.result(path, "stale")
         raise error
 
@@ -6065,7 +6093,6 @@ class _Tree:
             raise _Changed from None
         finally:
             _TURN.exit(entered)
-            look.close()
         self.fetched = self.fetched or not found.from_cache
         told = key.etag and found.etag
         if found.size != key.size or (told and not _is_same_tag(found.etag, key.etag)):
@@ -6138,9 +6165,12 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
             return _Tree(source, opt).stale(error)
         if not last or not _may_be_stale(opt, error):
             raise
-        _warn("serving a stale copy of %s: %s", source.uri, error)
-        store.used(last[0].path, last[0].stamp)
-        return _held(source, last[0], "stale")
+        for entry in last:
+            store.used(entry.path, entry.stamp)
+            if entry.check():  # nobody prunes it from here on
+                _warn("serving a stale copy of %s: %s", source.uri, error)
+                return _held(source, entry, "stale")
+        raise
 
 
 def _local(text: str) -> LocalizedResource:
@@ -6174,8 +6204,6 @@ def _object(target: _Target, opt: _Options, look: _Fetch | None) -> LocalizedRes
         return opt.access.attempt(target, opt.version, partial(_cached, opt, look), made)
     finally:
         _TURN.exit(entered)
-        if look:
-            look.close()
 
 
 def _localize_any(text: str, opt: _Options, look: _Fetch | None) -> LocalizedResource:
@@ -6204,6 +6232,7 @@ def _localize_any(text: str, opt: _Options, look: _Fetch | None) -> LocalizedRes
 
 def _localize(text: str, opt: _Options, look: _Fetch | None = None) -> LocalizedResource:
     """Localize one resource; the error of any that fails says which it is."""
+    nested = _TURN.inside
     try:
         return _localize_any(text, opt, look)
     except S3CacheError as error:
@@ -6212,7 +6241,8 @@ def _localize(text: str, opt: _Options, look: _Fetch | None = None) -> Localized
     except _Theirs:
         raise
     except BaseException as error:
-        _let_go()
+        if not nested:  # else it is the call around this one that has them
+            _let_go()
         _unmask(error)
         raise
 
@@ -6311,9 +6341,10 @@ def get_local_path_for_resource(
     try:
         return _localize(_text(uri_or_path), opt)
     except _Theirs as raised:
-        raise raised.error from raised.error.__cause__
+        theirs = raised.error
     finally:
         opt.meter.close()
+    raise theirs  # from here: with the cause and context that it came with
 
 
 def _task(uri: str, options: dict[str, Any], collect: bool) -> LocalizedResource | Exception:
@@ -6439,12 +6470,13 @@ def get_local_paths_for_resources(
             for text, result in zip(texts, executor.map(task, texts)):
                 results[text] = result
                 if isinstance(result, LocalizedResource) and result.status == "downloaded":
-                    opt.meter.callback(result.size or 0)
+                    opt.meter(result.size or 0)
+        return [results[text] if isinstance(text, str) else text for text in order]
     except _Theirs as raised:
-        raise raised.error from raised.error.__cause__
+        theirs = raised.error
     finally:
         opt.meter.close()
-    return [results[text] if isinstance(text, str) else text for text in order]
+    raise theirs
 
 
 def _remove_own(path: str, pid: int) -> None:

@@ -248,6 +248,20 @@ def cut(server: Server) -> Callable[..., None]:
 
 
 @pytest.fixture
+def deaf() -> Iterator[str]:
+    """A URL on a listener whose queue is full: a connection to it is never answered."""
+    with socket.socket() as listener, contextlib.ExitStack() as held:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            sock = held.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        time.sleep(0.05)
+        yield "http://{}:{}/a".format(*listener.getsockname())
+
+
+@pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries follow at once, also after an answer that throttles."""
     monkeypatch.setattr(s3c, "_RETRY_BASE", 0.001)

@@ -543,6 +543,61 @@ def test_a_connection_that_dies_with_a_request_sent_ahead_costs_a_new_one(
     assert "retry" not in caplog.text
 
 
+def test_what_follows_a_head_that_cannot_be_read_is_no_answer(
+    server: Server, many: Callable[[int], list[str]], get_all: Get
+) -> None:
+    """Broken variant: its connection is kept for the next attempt, with the rest of its bytes."""
+    body = b'HTTP/1.1 200 OK\r\nContent-Length: 4\r\nETag: "e"\r\n\r\nEVIL'
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d, 7\r\n\r\n" % len(body)
+    for number in range(10, 16):
+        server.on_path(f"/{number}.txt", raw=[head + body])
+    results = get_all(many(20), return_exceptions=True)
+    assert {type(result) for result in results[10:16]} == {s3c.TransferError}
+    assert numbers(results[:10] + results[16:]) == [*range(10), *range(16, 20)]
+
+
+def test_heads_that_begin_and_stall_are_not_waited_for_in_a_row(
+    server: Server,
+    many: Callable[[int], list[str]],
+    get_all: Get,
+    quick: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(s3c, "_HEAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(s3c, "_RETRIES", 0)
+    for number in range(1, 16):
+        server.on_path(f"/{number}.txt", raw=[b"HTTP/1.1 200 OK\r\n", STALL])
+    began = time.monotonic()
+    with pytest.raises(s3c.TransferError, match="Timed out"):
+        get_all(many(16))
+    assert time.monotonic() - began < 3
+
+
+STOPPED = """
+import SUBJECT as s3c, signal, sys, threading, time
+s3c._CONNECT_TIMEOUT = 2.5
+if sys.argv[1] == "no thread": s3c._start_thread = lambda work: None  # as at exit
+def late(*_): raise TimeoutError("the caller's")
+signal.signal(signal.SIGALRM, late)
+signal.setitimer(signal.ITIMER_REAL, 0.7)
+began = time.monotonic()
+try: s3c.get_local_paths_for_resources(sys.argv[3:], cache_dir=sys.argv[2])
+except TimeoutError as error: print(error, time.monotonic() - began < 2)
+while threading.active_count() > 1: time.sleep(0.01)
+print(s3c._ASKED, s3c._POOL.open - set(s3c._POOL._idle))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="such limits are of POSIX")
+@pytest.mark.parametrize("way", ["as usual", "no thread"])
+def test_a_batch_that_is_stopped_as_it_connects_leaves_nothing_asked_for(
+    way: str, many: Callable[[int], list[str]], cache: Path, deaf: str, run_python: Run
+) -> None:
+    uris = many(8)
+    done = run_python(STOPPED, way, cache, *uris[:4], deaf, *uris[4:])
+    assert done.stdout == "the caller's True\nset() set()\n"
+
+
 def test_an_answer_that_nobody_wanted_is_no_answer_to_the_next_request(
     server: Server, many: Callable[[int], list[str]], get_all: Get
 ) -> None:
@@ -815,6 +870,22 @@ def test_an_error_of_progress_is_the_callers(
 
     with pytest.raises(LookupError, match="enough"):
         get_all(many(5), progress=progress)
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_an_error_of_progress_keeps_its_history(
+    one: bool, many: Callable[[int], list[str]], get: Get, get_all: Get
+) -> None:
+    def progress(_: int) -> None:
+        try:
+            int("x")
+        except ValueError:
+            raise LookupError("enough")  # noqa: B904
+
+    with pytest.raises(LookupError) as caught:
+        get(many(1)[0], progress=progress) if one else get_all(many(5), progress=progress)
+    assert isinstance(caught.value.__context__, ValueError)
+    assert not caught.value.__suppress_context__
 
 
 # ==== Interrupts ==============================================================================

@@ -587,6 +587,21 @@ def test_a_copy_that_a_peer_prunes_while_the_server_fails_is_no_stale_copy(
         get(uri, stale_if_error=True)
 
 
+def test_a_copy_that_a_peer_prunes_as_it_is_chosen_is_no_stale_copy(
+    server: Server,
+    publish: Publish,
+    get: Getter,
+    quick: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uri = publish(b"data")
+    get(uri)
+    server.always(503)
+    monkeypatch.setattr(s3c._Store, "used", lambda self, path, stamp: os.unlink(path))
+    with pytest.raises(s3c.TransferError):
+        get(uri, stale_if_error=True)
+
+
 def test_a_server_that_recovers_within_the_retries_is_not_stale(
     server: Server, publish: Publish, get: Getter, quick: None
 ) -> None:

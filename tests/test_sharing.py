@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import Spawn
+from conftest import Run, Spawn
 from server import Server
 from subject import s3c
 
@@ -253,6 +253,48 @@ def test_a_thread_that_keeps_its_turn_and_does_not_come_back_holds_nobody_up() -
     assert not other.is_alive()
 
 
+def test_a_call_of_progress_that_fails_leaves_the_call_around_it_its_place(
+    publish: Publish, get: Get
+) -> None:
+    """Broken variant: what fails gives up all that its thread has."""
+    left: list[int] = []
+
+    def progress(_: int) -> None:
+        with pytest.raises(ValueError, match="bad"):
+            get("s3://bad bucket/x")
+        left.append(len(s3c._FLIGHTS))
+
+    get(publish(b"data"), progress=progress)
+    assert left == [1]
+
+
+HANDLER = """
+import sys, SUBJECT as s3c, signal, time
+get = lambda: s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2])
+calls, idle = 0, True
+def handler(*_):
+    global calls, idle
+    if idle:
+        idle = False
+        get()
+        calls, idle = calls + 1, True
+get()
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.0007)
+end = time.monotonic() + 3
+while time.monotonic() < end: get()
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(calls > 100)
+"""
+
+
+@posix
+def test_a_signal_handler_may_call_us_at_any_moment(
+    publish: Publish, cache: Path, run_python: Run
+) -> None:
+    assert run_python(HANDLER, publish(b"data"), cache).stdout == "True\n"
+
+
 PEER = """
 import sys, SUBJECT as s3c
 print(s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2]).status)
@@ -276,6 +318,34 @@ def test_what_another_process_has_just_added_is_found_where_nobody_is_asked(
     assert run_python(PEER, uri, cache).stdout == "downloaded\n"
     found = get(uri, **options)
     assert (found.status, found.path.read_bytes()) == ("fresh", b"new")
+
+
+def test_what_is_remembered_of_a_shard_is_no_more_than_is_found_there(
+    publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_GLANCE", 60.0)
+    uri = publish(b"old")
+    get(uri)
+    old = get(uri).path  # and so the shard is remembered
+    new = old.with_name(old.name.replace(hashlib.md5(b"old").hexdigest(), "new"))
+    old.rename(new)  # as if another process had pruned it and brought another
+    ident = old.name[:20]
+    (entry,) = s3c._Store(str(old.parents[3])).find(ident, False, True)
+    assert entry.path == str(new)
+
+
+@pytest.mark.parametrize(("count", "remembered"), [(200, True), (300, False)])
+def test_nothing_is_remembered_of_a_very_large_shard(
+    count: int, remembered: bool, tmp_path: Path
+) -> None:
+    shard = str(tmp_path / "shard")
+    os.mkdir(shard)
+    s3c._list_shard(shard)
+    for number in range(count):
+        (tmp_path / "file").touch()
+        s3c._publish(str(tmp_path / "file"), shard, str(number))
+    assert len(s3c._list_shard(shard)) == count
+    assert (shard in s3c._LISTED) == remembered
 
 
 def test_threads_that_find_a_large_object_changed_download_it_once(

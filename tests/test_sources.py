@@ -298,6 +298,28 @@ def test_a_limit_of_time_that_a_signal_sets_is_kept_within_boto3(
     assert run_python(LATE, *uris).stdout == "the caller's NotFoundError\n" * 2
 
 
+LATE_KEYS = """
+import SUBJECT as s3c, boto3, signal, sys
+def late(*_): raise TimeoutError("the caller's")
+signal.signal(signal.SIGALRM, late)
+for anonymous in (False, None):
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try: s3c.get_json(sys.argv[1], anonymous=anonymous)
+    except Exception as error: print(type(error).__name__, error)
+"""
+
+
+@NEEDS_BOTO3
+@pytest.mark.skipif(os.name != "posix", reason="such limits are of POSIX")
+def test_a_limit_of_time_is_kept_where_looking_for_keys_takes_long(
+    publish: Publish, home: Path, run_python: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "config").write_text("[default]\ncredential_process = sleep 9\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(home / "config"))
+    done = run_python(LATE_KEYS, publish({}, private=True))
+    assert done.stdout == "TimeoutError the caller's\n" * 2
+
+
 @NEEDS_BOTO3
 @pytest.mark.usefixtures("keys")
 def test_rclone_refuses_a_wrong_key(

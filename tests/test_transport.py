@@ -211,22 +211,6 @@ except s3c.TransferError as error: print(error)
     assert "Cannot resolve a-bucket.s3.amazonaws.com" in done.stdout
 
 
-@pytest.fixture
-def deaf() -> Iterator[str]:
-    """The address of a listener whose queue is full: a connection to it is never answered."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        held = [socket.socket() for _ in range(3)]
-        for sock in held:
-            sock.setblocking(False)
-            sock.connect_ex(listener.getsockname())
-        time.sleep(0.05)
-        yield f"http://{address(listener)}/a"
-        for sock in held:
-            sock.close()
-
-
 @pytest.mark.usefixtures("no_retries")
 def test_a_connection_that_nobody_answers_times_out(
     deaf: str, get: Get, monkeypatch: pytest.MonkeyPatch
