@@ -148,7 +148,8 @@ if TYPE_CHECKING:
 
 _MiB = 1 << 20
 _CHUNK = 256 << 10  # checked, logged and found again
-_BLOCK = _MiB  # read and written at a time: each call less is a wait less for the interpreter lock
+_BLOCK = _CHUNK  # read, hashed and written at a time: small enough to stay in a core's own cache
+_BLOCK_TLS = _MiB  # the same; TLS gives 16 KiB at a time, so that rounds cost more than the cache
 _LOG_EVERY = 0.2  # seconds after which also less than that is written
 _WHOLE = _MiB  # comes into memory, and is written at once when it is checked
 _SPAN = 8 * _MiB  # the most that one range asks for: a round trip is little beside it
@@ -2834,6 +2835,12 @@ def _crcs(data: bytes | memoryview) -> bytes:
     return b"".join([crc32(data[at : at + _CHUNK]).to_bytes(4, "big") for at in starts])
 
 
+def _buffer(body: Reader) -> memoryview:
+    """Return room for what is best read of a body at a time."""
+    tls = isinstance(body, _Body) and body.place.origin[0] == "https"
+    return memoryview(bytearray(_BLOCK_TLS if tls else _BLOCK))
+
+
 class _Chunks(_Sink):
     """A body on its way to a file, some chunks at a time through one reused buffer."""
 
@@ -2842,11 +2849,10 @@ class _Chunks(_Sink):
         file: _ChunkFile,
         at: int,
         progress: Callable[[int], object],
-        buffer: memoryview | None = None,
+        buffer: memoryview,
     ) -> None:
         super().__init__(at, progress)
-        self._file = file
-        self._buffer = memoryview(bytearray(_BLOCK)) if buffer is None else buffer
+        self._file, self._buffer = file, buffer
         self._base = self._end = at  # of what the buffer holds, and of what it may hold
         self._due = time.monotonic() + _LOG_EVERY
 
@@ -5265,6 +5271,7 @@ class _Download:
         if first:
             self.switch.hold(answer.body)
         self.received, self.least = 0, _SPAN_FAR
+        self.body = answer.body  # as all the others will be
         single = (first and answer.status == 200) or self.total <= opt.threshold
         self.limit = 1 if single else opt.max_concurrency
 
@@ -5285,7 +5292,7 @@ class _Download:
         """Fetch runs of chunks until none is free: what one worker does."""
         self.file.hold()
         try:
-            buffer = memoryview(bytearray(_BLOCK))
+            buffer = _buffer(self.body)
             patience = _Patience(self.switch, gauge=partial(self.file.state.count, 2))
             while True:
                 with self.file.lock:
@@ -5572,7 +5579,7 @@ class _Fetch:
         total = answer.total
         file = _Spool(self.store, self.ident, self.source.private, total or 0, names)
         try:
-            sink = _Chunks(file, 0, self.tally)
+            sink = _Chunks(file, 0, self.tally, _buffer(answer.body))
             if total is None:
                 _pull_to_end(answer, sink, self.patience)
             else:
