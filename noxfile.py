@@ -25,9 +25,13 @@ HERE = Path(__file__).resolve().parent
 MODULE = HERE / "aind_s3_cache.py"
 PROJECT = nox.project.load_toml(HERE / "pyproject.toml")
 
-# A process per core. Some tests send signals and watch clocks, and a loaded machine may fail one:
-# it gets a second chance, and the summary names it.
-PYTEST = ("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", "--reruns", "1", "-rR")
+# Two processes per core: tests wait more than they work. Some send signals and watch clocks, and
+# a loaded machine may fail one: it gets a second chance, and the summary names it.
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+PYTEST = (
+    *("python", "-m", "pytest", "-n", str(2 * CPUS), "--dist", "worksteal"),
+    *("--reruns", "1", "-rR"),
+)
 
 nox.needs_version = ">=2025.2"
 nox.options.sessions = ["demo", "lint", "types", "tests", "tests_boto3"]
