@@ -1363,8 +1363,11 @@ class _Connection:
 
     def has_head(self) -> bool:
         """Tell, without waiting, whether the whole head of an answer has come."""
-        if not self.tls and self.ready(0):  # over TLS that may be less than a byte of it
-            self.data += self.sock.recv(16384)
+        if not self.tls and os.name == "posix":  # elsewhere a socket is no file to read from
+            try:
+                self.data += os.read(self.sock.fileno(), 16384)  # `recv` would poll first, and wait
+            except BlockingIOError:
+                pass
         return b"\r\n\r\n" in self.data and self.data[9:10] != b"1"  # the next head may be far
 
     def receive(self, deadline: float) -> bytes:

@@ -239,14 +239,18 @@ def test_an_interrupt_at_any_line_of_a_turn_leaves_nobody_waiting(name: str) -> 
             break
 
 
-def test_a_thread_that_keeps_its_turn_and_does_not_come_back_holds_nobody_up() -> None:
+def test_a_thread_that_keeps_its_turn_and_does_not_come_back_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(s3c, "_TURN_WAIT", 0.5)
     turn = s3c._Turn()
     enter_and_exit(turn)  # from here on it is known to come back at once
     entered = turn.enter()
     other = threading.Thread(target=enter_and_exit, args=(turn,), daemon=True)
     other.start()
     while not turn._waiters:
-        turn._here.quick, turn._here.since = True, time.monotonic()
+        time.sleep(0.001)
+    turn._here.quick, turn._here.since = True, time.monotonic() + 1
     turn.exit(entered)
     assert turn._kept, "the turn was handed on"
     other.join(2)
