@@ -48,6 +48,7 @@ import stat
 import sys
 import threading
 import time
+from bisect import bisect_left, insort
 from functools import lru_cache, partial
 
 __version__ = "1.0.0"
@@ -185,6 +186,7 @@ _GROW_EVERY = 0.01  # seconds between two looks at that: by then a fast server h
 _BATCH_EVERY = 0.05  # seconds between two looks at how busy they are
 _BATCH_BUSY = 0.75  # share of that time on a CPU: above, more threads only fight
 _GLANCE = 1.0  # seconds for which a shard's listing is good enough for whoever asks the server
+_SHARD_LIMIT = 512  # names of a shard that are remembered: all of 130,000 objects, in some 20 MiB
 _BATCH_LIMIT = 32  # objects of a batch asked for at a time, where it waits for the network
 _AHEAD = 16  # requests sent together, and answers read: code that is run again at once runs fast
 _AHEAD_TOGETHER = 0.02  # seconds for sending those: connecting to a far server takes longer
@@ -3270,25 +3272,44 @@ def _remember(memory: dict[str, T], name: str, what: T) -> None:
     memory[name] = what
 
 
-_LISTED: dict[str, tuple[float, list[str]]] = {}  # shard -> when it was listed, and what it held
-_NEVER: tuple[float, list[str]] = (0.0, [])
+# Shard -> when it was listed, when it had last changed (ns), and the names in it, in order.
+_LISTED: dict[str, tuple[float, int | None, list[str]]] = {}
+_NEVER: tuple[float, int | None, list[str]] = (0.0, None, [])
 _ADDED: dict[str, int] = {}  # shard -> another number whenever a thread of ours adds to it
 
 
+def _changed(directory: str) -> int | None:
+    """Return when something was last added to a directory or removed; None if it is not there."""
+    try:
+        return os.stat(directory).st_mtime_ns
+    except OSError:
+        return None
+
+
 def _list_shard(directory: str) -> list[str]:
-    """Return the names in a shard, and remember them for a glance."""
-    now, added = time.monotonic(), _ADDED.get(directory)
+    """Return the names in a shard, in order: as it was listed within a second, if unchanged since.
+
+    What others add within one tick of the file system's clock after that is not seen until then.
+    """
+    now, added, changed = time.monotonic(), _ADDED.get(directory), _changed(directory)
+    when, then, names = _LISTED.get(directory, _NEVER)
+    if changed == then and now - when < _GLANCE:
+        return names
     try:
         # One listing finds all versions; an index file would be one more thing to tear.
-        names = os.listdir(directory)
+        names = [] if changed is None else sorted(os.listdir(directory))
     except OSError:
         names = []
-    _remember(_LISTED, directory, (now, names))
-    # Of a very large cache, more than it is worth; or some were added, maybe after the listing, and
-    # noted in the one before.
-    if len(names) > 255 or _ADDED.get(directory) != added:
+    _remember(_LISTED, directory, (now, changed, names))
+    # Of a very large cache, more than it is worth; or a thread of ours added, in that same tick.
+    if len(names) > _SHARD_LIMIT or _ADDED.get(directory) != added:
         _LISTED.pop(directory, None)
     return names
+
+
+def _of_object(names: list[str], ident: str) -> list[str]:
+    """Return those of the ordered names of a shard that are of one object."""
+    return names[bisect_left(names, ident + "_") : bisect_left(names, ident + "`")]
 
 
 def _publish(temporary: str, directory: str, name: str) -> str:
@@ -3314,9 +3335,7 @@ def _publish(temporary: str, directory: str, name: str) -> str:
     else:
         os.replace(temporary, final)
     _remember(_ADDED, directory, next(_SERIAL))
-    seen = _LISTED.get(directory)
-    if seen:
-        seen[1].append(name)
+    _LISTED.pop(directory, None)
     return final
 
 
@@ -3508,12 +3527,11 @@ class _Store:
         # The root is looked at where others could plant it; else the listing tells if it is there.
         if now - _SAFE_ROOTS.get(self.root, -_GLANCE) >= _GLANCE and not self.exists():
             return []
-        when, names = _LISTED.get(directory, _NEVER)
-        seen = glance and now - when < _GLANCE and [n for n in names if n.startswith(ident)]
+        when, _, names = _LISTED.get(directory, _NEVER)
+        seen = glance and now - when < _GLANCE and _of_object(names, ident)
         good = seen and self._whole(directory, seen, private)
         if not good:
-            names = [n for n in _list_shard(directory) if n.startswith(ident)]
-            good = self._whole(directory, names, private)
+            good = self._whole(directory, _of_object(_list_shard(directory), ident), private)
         return sorted(good, key=self.validated, reverse=True) if good[1:] else good
 
     def _whole(self, directory: str, names: list[str], private: bool) -> list[_Entry]:
@@ -3569,6 +3587,8 @@ class _Store:
         """Publish a small object: one private file, one write, one rename."""
         directory = self.shard(ident)
         temporary = _aside(directory)
+        when, then, names = _LISTED.get(directory, _NEVER)
+        known = then is not None and then == _changed(directory)
         try:
             fd = self.create(temporary, os.O_WRONLY, 0o600 if private else _FINAL)
             try:
@@ -3576,11 +3596,15 @@ class _Store:
             finally:
                 os.close(fd)
             # No fsync: in order, a power cut leaves a short file, and that is a miss.
-            return _publish(temporary, directory, name)
+            final = _publish(temporary, directory, name)
         except BaseException as error:
             _unlink(temporary)
             _raise_ours(error, directory, len(data))
             raise
+        if known:  # but for this, nothing has changed: no need to list it again
+            insort(names, name)
+            _remember(_LISTED, directory, (when, _changed(directory), names))
+        return final
 
     def partials(self, prefix: str) -> list[str]:
         """Return the paths, without ending, of the partial files whose name begins so."""

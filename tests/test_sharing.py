@@ -164,16 +164,16 @@ def test_who_looked_before_another_thread_was_done_looks_again(
 ) -> None:
     get(publish(b"x", key="other"))
     others: list[Any] = []
-    uri, listdir = publish(blob(size)), os.listdir
+    uri, list_shard = publish(blob(size)), s3c._list_shard
 
-    def slow(path: Any) -> list[str]:  # as on a network file system
-        names = listdir(path) if os.path.isdir(path) else []
-        if "objects" in str(path) and not others:
+    def slow(directory: str) -> list[str]:  # as on a network file system
+        names = list(list_shard(directory))
+        if not others:
             others.append(None)
             others.extend(at_once(1, lambda: get(uri)))
         return names
 
-    monkeypatch.setattr(os, "listdir", slow)
+    monkeypatch.setattr(s3c, "_list_shard", slow)
     statuses = get(uri).status, others[1].status
     assert statuses == ("revalidated", "downloaded")
 
@@ -338,18 +338,89 @@ def test_what_is_remembered_of_a_shard_is_no_more_than_is_found_there(
     assert entry.path == str(new)
 
 
-@pytest.mark.parametrize(("count", "remembered"), [(200, True), (300, False)])
+SHARD = "ab"
+ONE, OTHER = SHARD + "0" * 18, SHARD + "1" * 18
+
+
+def add(store: Any, ident: str, ours: bool = True) -> None:
+    """Add an entry of one byte, as we do or in one step, as if another process did."""
+    name = f"{ident}_os0_1_00000000_name"
+    if ours:
+        store.add(ident, name, memoryview(b"x"), False)
+    else:
+        Path(store.shard(ident), name).write_bytes(b"x")
+
+
+@pytest.fixture
+def listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was listed."""
+    listed: list[str] = []
+    listdir = os.listdir
+
+    def counted(path: str) -> list[str]:
+        listed.append(path)
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", counted)
+    monkeypatch.setattr(s3c, "_GLANCE", 60.0)
+    return listed
+
+
+@pytest.mark.parametrize("glance", [True, False])
+def test_a_shard_is_listed_once_however_much_we_add(
+    glance: bool, cache: Path, listings: list[str]
+) -> None:
+    store = s3c._Store(str(cache))
+    add(store, ONE)
+    for number in range(20):
+        ident = f"{SHARD}{number:018x}"
+        assert len(store.find(ident, False, glance)) == (number == 0)
+        add(store, ident)
+        assert len(store.find(ident, False, glance)) == 1 + (number == 0)
+    assert len(listings) == 1
+
+
+@pytest.mark.parametrize("glance", [True, False])
+def test_what_another_process_adds_to_a_remembered_shard_is_found(
+    glance: bool, cache: Path, listings: list[str]
+) -> None:
+    """Broken variant: what is remembered is good for a second."""
+    store = s3c._Store(str(cache))
+    add(store, ONE)
+    assert store.find(OTHER, False, glance) == []
+    time.sleep(0.02)  # the file system's clock
+    add(store, OTHER, False)
+    assert len(store.find(OTHER, False, glance)) == 1
+
+
+def test_what_another_process_adds_beside_us_is_found(cache: Path, listings: list[str]) -> None:
+    """Broken variant: who adds takes what is remembered for all there is."""
+    store = s3c._Store(str(cache))
+    add(store, ONE)
+    assert store.find(OTHER, False) == []
+    time.sleep(0.02)
+    add(store, OTHER, False)
+    add(store, SHARD + "2" * 18)
+    assert len(store.find(OTHER, False)) == 1
+
+
+def test_a_shard_from_the_beginning_of_time_is_listed(cache: Path) -> None:
+    """As in an image whose files all have the time 0."""
+    store = s3c._Store(str(cache))
+    add(store, ONE)
+    os.utime(store.shard(ONE), (0, 0))
+    assert len(store.find(ONE, False)) == 1
+
+
+@pytest.mark.parametrize(("count", "remembered"), [(500, True), (600, False)])
 def test_nothing_is_remembered_of_a_very_large_shard(
     count: int, remembered: bool, tmp_path: Path
 ) -> None:
-    shard = str(tmp_path / "shard")
-    os.mkdir(shard)
-    s3c._list_shard(shard)
+    (tmp_path / "shard").mkdir()
     for number in range(count):
-        (tmp_path / "file").touch()
-        s3c._publish(str(tmp_path / "file"), shard, str(number))
-    assert len(s3c._list_shard(shard)) == count
-    assert (shard in s3c._LISTED) == remembered
+        (tmp_path / "shard" / str(number)).touch()
+    assert len(s3c._list_shard(str(tmp_path / "shard"))) == count
+    assert (str(tmp_path / "shard") in s3c._LISTED) == remembered
 
 
 def test_threads_that_find_a_large_object_changed_download_it_once(
