@@ -3275,7 +3275,7 @@ def _remember(memory: dict[str, T], name: str, what: T) -> None:
 # Shard -> when it was listed, when it had last changed (ns), and the names in it, in order.
 _LISTED: dict[str, tuple[float, int | None, list[str]]] = {}
 _NEVER: tuple[float, int | None, list[str]] = (0.0, None, [])
-_ADDED: dict[str, int] = {}  # shard -> another number whenever a thread of ours adds to it
+_ADDED: dict[str, int] = {}  # shard -> how often threads of ours have added to it
 
 
 def _changed(directory: str) -> int | None:
@@ -3334,7 +3334,7 @@ def _publish(temporary: str, directory: str, name: str) -> str:
             time.sleep(pause)
     else:
         os.replace(temporary, final)
-    _remember(_ADDED, directory, next(_SERIAL))
+    _remember(_ADDED, directory, _ADDED.get(directory, 0) + 1)
     _LISTED.pop(directory, None)
     return final
 
@@ -3587,6 +3587,7 @@ class _Store:
         """Publish a small object: one private file, one write, one rename."""
         directory = self.shard(ident)
         temporary = _aside(directory)
+        added = _ADDED.get(directory, 0)
         when, then, names = _LISTED.get(directory, _NEVER)
         known = then is not None and then == _changed(directory)
         try:
@@ -3604,6 +3605,8 @@ class _Store:
         if known:  # but for this, nothing has changed: no need to list it again
             insort(names, name)
             _remember(_LISTED, directory, (when, _changed(directory), names))
+            if _ADDED.get(directory) != added + 1:  # another thread, too, and what it did is lost
+                _LISTED.pop(directory, None)
         return final
 
     def partials(self, prefix: str) -> list[str]:

@@ -404,6 +404,25 @@ def test_what_another_process_adds_beside_us_is_found(cache: Path, listings: lis
     assert len(store.find(OTHER, False)) == 1
 
 
+def test_what_another_thread_adds_as_we_add_is_found(
+    cache: Path, listings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken variant: who adds last says what is there."""
+    store, publish = s3c._Store(str(cache)), s3c._publish
+    add(store, ONE)
+    assert store.find(OTHER, False) == []
+
+    def publish_and_pause(*args: Any) -> Any:
+        final = publish(*args)
+        monkeypatch.setattr(s3c, "_publish", publish)
+        at_once(1, lambda: add(store, OTHER))
+        return final
+
+    monkeypatch.setattr(s3c, "_publish", publish_and_pause)
+    add(store, SHARD + "2" * 18)
+    assert len(store.find(OTHER, False)) == 1
+
+
 def test_a_shard_from_the_beginning_of_time_is_listed(cache: Path) -> None:
     """As in an image whose files all have the time 0."""
     store = s3c._Store(str(cache))
