@@ -185,7 +185,7 @@ _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more worker
 _GROW_EVERY = 0.01  # seconds between two looks at that: by then a fast server has sent a megabyte
 _BATCH_EVERY = 0.05  # seconds between two looks at how busy they are
 _BATCH_BUSY = 0.75  # share of that time on a CPU: above, more threads only fight
-_GLANCE = 1.0  # seconds for which a shard's listing is good enough for whoever asks the server
+_GLANCE = 1.0  # seconds for which is remembered what was seen of a directory
 _SHARD_LIMIT = 512  # names of a shard that are remembered: all of 130,000 objects, in some 20 MiB
 _BATCH_LIMIT = 32  # objects of a batch asked for at a time, where it waits for the network
 _AHEAD = 16  # requests sent together, and answers read: code that is run again at once runs fast
@@ -1173,7 +1173,8 @@ class _Turn:
     """
 
     def __init__(self) -> None:
-        self._mutex, self._here = threading.RLock(), _Here()  # a signal handler may call us
+        self._mutex = threading.RLock()  # re-entrant: a signal handler may call us
+        self.here = _Here()
         self._waiters: list[threading.Lock] = []  # each is let go of when its thread's turn comes
         self._taken, self._moves = False, 0
         self._kept = 0  # by which thread, that is expected back
@@ -1181,7 +1182,7 @@ class _Turn:
         self._near = False  # the server that was asked last
 
     def _take(self) -> None:
-        me, here, now = threading.get_ident(), self._here, time.monotonic()
+        me, here, now = threading.get_ident(), self.here, time.monotonic()
         with self._mutex:
             if not self._taken or self._kept:
                 if self._kept != me:
@@ -1223,14 +1224,9 @@ class _Turn:
                 self._taken = True
                 self._waiters.pop(0).release()
 
-    @property
-    def inside(self) -> bool:
-        """Tell whether this thread is in the midst of a call."""
-        return self._here.inside
-
     def enter(self) -> bool:
         """Wait for the turn. False within one: a caller's progress function may call us."""
-        here = self._here
+        here = self.here
         if here.inside:
             return False
         try:
@@ -1246,7 +1242,7 @@ class _Turn:
     def exit(self, entered: bool) -> None:
         if not entered:
             return
-        here, now = self._here, time.monotonic()
+        here, now = self.here, time.monotonic()
         keep = self._waiters and here.quick and now - here.since < _TURN_KEEP and now > self._doubt
         if here.held:
             here.held = False
@@ -1258,13 +1254,13 @@ class _Turn:
 
     def leave(self) -> None:
         """Let another thread work: this one is about to wait."""
-        if self._here.held:
-            self._here.held = False
+        if self.here.held:
+            self.here.held = False
             self._give()
 
     def pause(self) -> None:
         """Let others work, unless a server is asked that answers before one of them is awake."""
-        here = self._here
+        here = self.here
         if here.held:
             here.asked = time.monotonic()
             if not (self._near and self._waiters):
@@ -1273,7 +1269,7 @@ class _Turn:
 
     def resume(self) -> None:
         """Go on after a wait, if within a turn."""
-        here = self._here
+        here = self.here
         if here.inside:
             self._near = time.monotonic() - here.asked < _TURN_NEAR
             if not here.held:
@@ -2724,6 +2720,14 @@ class _Access:
             return True
         return self.anonymous is None and (self.env.endpoint, bucket) in _SIGNED_BUCKETS
 
+    def unsigned(self, target: _Target, version: str | None) -> _Source:
+        """Return the source that asks without a signature."""
+        if target.kind == "http":
+            return _HTTP(target.text, self.env)
+        if target.bucket.endswith(_DIRECTORY_BUCKET) and not self.offline:
+            raise ValueError("Directory buckets need signed requests: use anonymous=False")
+        return _Unsigned(target.bucket, target.key, version, self.env)
+
     def sources(
         self, target: _Target, version: str | None, made: _Source | None = None
     ) -> Iterator[_Source]:
@@ -2732,7 +2736,7 @@ class _Access:
         ``made`` is the unsigned source that was made before: it serves again.
         """
         if target.kind == "http":
-            yield made or _HTTP(target.text, self.env)
+            yield made or self.unsigned(target, version)
             return
         bucket, key, client = target.bucket, target.key, self.client
         if client is None and self.signs(bucket):
@@ -2744,9 +2748,7 @@ class _Access:
                 return
             # Of another object, or of keys that were good then: ask from the beginning.
             _SIGNED_BUCKETS.discard((self.env.endpoint, bucket))
-        if bucket.endswith(_DIRECTORY_BUCKET) and not self.offline:
-            raise ValueError("Directory buckets need signed requests: use anonymous=False")
-        yield made or _Unsigned(bucket, key, version, self.env)
+        yield made or self.unsigned(target, version)
         if self.anonymous or self.offline:
             return
         client = _own_client(False, self.env.endpoint)
@@ -3307,11 +3309,6 @@ def _list_shard(directory: str) -> list[str]:
     return names
 
 
-def _of_object(names: list[str], ident: str) -> list[str]:
-    """Return those of the ordered names of a shard that are of one object."""
-    return names[bisect_left(names, ident + "_") : bisect_left(names, ident + "`")]
-
-
 def _publish(temporary: str, directory: str, name: str) -> str:
     """Make a whole file visible. If a peer took it away: use what it published, or start anew."""
     final = directory + os.sep + name
@@ -3517,21 +3514,17 @@ class _Store:
     def shard(self, ident: str) -> str:
         return self.objects + os.sep + ident[:2]
 
-    def find(self, ident: str, private: bool, glance: bool = False) -> list[_Entry]:
-        """Return the whole entries of an object, validated last first.
-
-        Where a glance finds one, it may miss a newer one that another process added within a
-        second: at worst that is downloaded once more.
-        """
-        now, directory = time.monotonic(), self.shard(ident)
+    def find(self, ident: str, private: bool) -> list[_Entry]:
+        """Return the whole entries of an object, validated last first."""
         # The root is looked at where others could plant it; else the listing tells if it is there.
-        if now - _SAFE_ROOTS.get(self.root, -_GLANCE) >= _GLANCE and not self.exists():
+        seen = _SAFE_ROOTS.get(self.root, -_GLANCE)
+        if time.monotonic() - seen >= _GLANCE and not self.exists():
             return []
-        when, _, names = _LISTED.get(directory, _NEVER)
-        seen = glance and now - when < _GLANCE and _of_object(names, ident)
-        good = seen and self._whole(directory, seen, private)
-        if not good:
-            good = self._whole(directory, _of_object(_list_shard(directory), ident), private)
+        directory = self.shard(ident)
+        names = _list_shard(directory)
+        # Ordered, and each begins with its object and "_", which "`" comes after.
+        names = names[bisect_left(names, ident + "_") : bisect_left(names, ident + "`")]
+        good = self._whole(directory, names, private) if names else []
         return sorted(good, key=self.validated, reverse=True) if good[1:] else good
 
     def _whole(self, directory: str, names: list[str], private: bool) -> list[_Entry]:
@@ -5463,8 +5456,7 @@ class _Fetch:
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
         every = source.private or opt.access.anonymous is not True
-        # Whoever asks the server anyway can do with a glance.
-        self.entries = self.held = opt.store.find(ident, every, not opt.unasked)
+        self.entries = self.held = opt.store.find(ident, every)
         if self.entries and not source.private:
             self.held = [entry for entry in self.entries if not entry.private]
         self.tally = _SILENT if opt.meter is _SILENT else _Tally(opt.meter)
@@ -5502,10 +5494,6 @@ class _Fetch:
             if not self.begun:
                 self.close()
         return self.asked
-
-    def read_ahead(self) -> None:
-        if self.begun:
-            self.begun.read_ahead()
 
     def close(self) -> None:
         """Leave what was asked for and not read."""
@@ -5869,8 +5857,8 @@ class _Batch:
                 begun.append((item, None))
                 begun[-1] = item, _quietly(self._look, item, opt)
             for _, look in begun:
-                if look:
-                    look.read_ahead()
+                if look and look.begun:
+                    look.begun.read_ahead()
         finally:
             with self._lock:
                 self._begun += begun
@@ -6120,7 +6108,7 @@ class _Tree:
                 return entry.path
             with _Flight(self.store, look.ident, opt.switch):
                 if look.is_old():  # what another tree fetches is seen
-                    look.held = self.store.find(look.ident, look.source.private, True)
+                    look.held = self.store.find(look.ident, look.source.private)
                     entry = self.entry(key, look)
                     if entry:
                         return entry.path
@@ -6192,8 +6180,8 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
                     _await_peer(store, ident, lock, lambda: None, opt.switch)
                 finally:
                     lock.release()
-            if awaited or fetch.is_old():  # what our own threads added is seen at a glance
-                held = store.find(ident, source.private, not awaited)
+            if awaited or fetch.is_old():
+                held = store.find(ident, source.private)
             return fetch.run(held)
     except TransferError as error:
         # Private ones, too, as without asking; a peer may have pruned some meanwhile.
@@ -6228,7 +6216,7 @@ def _look_at(text: str, opt: _Options) -> _Fetch | None:
         ours = not target.key.endswith("/") and not opt.access.signs(target.bucket)
     if not ours or opt.unasked:
         return None
-    look = _Fetch(next(opt.access.sources(target, opt.version)), opt)
+    look = _Fetch(opt.access.unsigned(target, opt.version), opt)
     return look if look.ask_ahead() else None
 
 
@@ -6269,7 +6257,7 @@ def _localize_any(text: str, opt: _Options, look: _Fetch | None) -> LocalizedRes
 
 def _localize(text: str, opt: _Options, look: _Fetch | None = None) -> LocalizedResource:
     """Localize one resource; the error of any that fails says which it is."""
-    nested = _TURN.inside
+    nested = _TURN.here.inside
     try:
         return _localize_any(text, opt, look)
     except S3CacheError as error:

@@ -165,7 +165,7 @@ def child(step):
     other.join(5)
     get(where)
     came = len(last) >= step
-    left = s3c._FLIGHTS or s3c._TURN._taken or s3c._TURN._here.inside
+    left = s3c._FLIGHTS or s3c._TURN._taken or s3c._TURN.here.inside
     if came and (other.is_alive() or left or not told):
         print("interrupted in", *last[step - 1], flush=True)
     os._exit(not came)

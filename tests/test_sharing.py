@@ -250,7 +250,7 @@ def test_a_thread_that_keeps_its_turn_and_does_not_come_back_holds_nobody_up(
     other.start()
     while not turn._waiters:
         time.sleep(0.001)
-    turn._here.quick, turn._here.since = True, time.monotonic() + 1
+    turn.here.quick, turn.here.since = True, time.monotonic() + 1
     turn.exit(entered)
     assert turn._kept, "the turn was handed on"
     other.join(2)
@@ -334,7 +334,7 @@ def test_what_is_remembered_of_a_shard_is_no_more_than_is_found_there(
     new = old.with_name(old.name.replace(hashlib.md5(b"old").hexdigest(), "new"))
     old.rename(new)  # as if another process had pruned it and brought another
     ident = old.name[:20]
-    (entry,) = s3c._Store(str(old.parents[3])).find(ident, False, True)
+    (entry,) = s3c._Store(str(old.parents[3])).find(ident, False)
     assert entry.path == str(new)
 
 
@@ -366,31 +366,27 @@ def listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return listed
 
 
-@pytest.mark.parametrize("glance", [True, False])
-def test_a_shard_is_listed_once_however_much_we_add(
-    glance: bool, cache: Path, listings: list[str]
-) -> None:
+def test_a_shard_is_listed_once_however_much_we_add(cache: Path, listings: list[str]) -> None:
     store = s3c._Store(str(cache))
     add(store, ONE)
     for number in range(20):
         ident = f"{SHARD}{number:018x}"
-        assert len(store.find(ident, False, glance)) == (number == 0)
+        assert len(store.find(ident, False)) == (number == 0)
         add(store, ident)
-        assert len(store.find(ident, False, glance)) == 1 + (number == 0)
+        assert len(store.find(ident, False)) == 1 + (number == 0)
     assert len(listings) == 1
 
 
-@pytest.mark.parametrize("glance", [True, False])
 def test_what_another_process_adds_to_a_remembered_shard_is_found(
-    glance: bool, cache: Path, listings: list[str]
+    cache: Path, listings: list[str]
 ) -> None:
     """Broken variant: what is remembered is good for a second."""
     store = s3c._Store(str(cache))
     add(store, ONE)
-    assert store.find(OTHER, False, glance) == []
+    assert store.find(OTHER, False) == []
     time.sleep(0.02)  # the file system's clock
     add(store, OTHER, False)
-    assert len(store.find(OTHER, False, glance)) == 1
+    assert len(store.find(OTHER, False)) == 1
 
 
 def test_what_another_process_adds_beside_us_is_found(cache: Path, listings: list[str]) -> None:
