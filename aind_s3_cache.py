@@ -1063,10 +1063,10 @@ class _Answer:
     """What a source gives back: status, ETag, sizes, headers, and a body to read.
 
     ``start`` and ``stop`` say which bytes of the object the body holds, ``total`` how many the
-    object has; the latter two are None while nobody knows.
+    object has, ``whole`` that these are all; stop and total are None while nobody knows.
     """
 
-    __slots__ = ("body", "etag", "headers", "start", "status", "stop", "total")
+    __slots__ = ("body", "etag", "headers", "start", "status", "stop", "total", "whole")
 
     def __init__(self, status: int, headers: dict[str, str], body: Reader) -> None:
         if status == 200 and "content-range" in headers:  # gofakes3 calls a part 200
@@ -1083,10 +1083,7 @@ class _Answer:
             self.start, self.stop, self.total = span
         elif status == 200:
             self.stop = self.total = _content_length(headers)
-
-    @property
-    def whole(self) -> bool:
-        return self.start == 0 and self.total is not None and self.stop == self.total
+        self.whole = self.start == 0 and self.total is not None and self.stop == self.total
 
 
 def _judge(answer: _Answer, sent: bool, same: bool, asked: int) -> str:
