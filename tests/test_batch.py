@@ -556,6 +556,21 @@ def test_what_follows_a_head_that_cannot_be_read_is_no_answer(
     assert numbers(results[:10] + results[16:]) == [*range(10), *range(16, 20)]
 
 
+def test_who_asks_plainly_takes_no_answer_to_what_was_asked_ahead(
+    server: Server, publish: Publish, cache: Path
+) -> None:
+    """What another thread adds meanwhile becomes a condition, which this server mistakes."""
+    url = publish(bytes(9 << 20), etag='W/"new"').replace("s3:/", server.url)
+    server.before = lambda asked: (412,) if "if-none-match" in asked.headers else None
+    s3c._import_early()
+    opt = s3c._Options(cache_dir=cache)
+    look = s3c._Fetch(s3c._HTTP(url, opt.access.env), opt)
+    assert look.ask_ahead()
+    opt.store.add(look.ident, f"{look.ident}_osold_1_00000000_x", memoryview(b"x"), False)
+    assert look.run(opt.store.find(look.ident, False)).size == 9 << 20
+    look.close()
+
+
 def test_heads_that_begin_and_stall_are_not_waited_for_in_a_row(
     server: Server,
     many: Callable[[int], list[str]],

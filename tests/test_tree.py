@@ -870,6 +870,23 @@ def test_a_failing_server_leaves_the_stale_snapshot(
         get(uri)
 
 
+@pytest.mark.parametrize("options", [{"stale_if_error": True}, {"max_age": 60}], ids=repr)
+def test_a_snapshot_that_a_peer_prunes_as_it_is_chosen_is_none(
+    server: Server,
+    put_tree: Get,
+    get: Get,
+    quick: None,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    put_tree()
+    get(TREE)
+    server.always(503)
+    monkeypatch.setattr(s3c._Store, "used", lambda self, path, stamp: s3c._remove_tree(path))
+    with pytest.raises(s3c.TransferError):
+        get(TREE, **options)
+
+
 def test_a_failing_file_of_a_changed_tree_leaves_the_stale_snapshot(
     server: Server, publish: Publish, put_tree: Get, get: Get, quick: None
 ) -> None:
