@@ -3520,20 +3520,14 @@ class _Store:
         directory = self.shard(ident)
         names = _list_shard(directory)
         # Ordered, and each begins with its object and "_", which "`" comes after.
-        names = names[bisect_left(names, ident + "_") : bisect_left(names, ident + "`")]
-        good = self._whole(directory, names, private) if names else []
-        return sorted(good, key=self.validated, reverse=True) if good[1:] else good
-
-    def _whole(self, directory: str, names: list[str], private: bool) -> list[_Entry]:
-        """Return those of the names that are whole entries, and for this caller."""
-        found = []
-        for name in names:
+        good = []
+        for name in names[bisect_left(names, ident + "_") : bisect_left(names, ident + "`")]:
             entry = _parse_entry(directory + os.sep + name)
             if entry and entry.private and not (private and os.access(entry.path, os.R_OK)):
                 continue  # not for this caller, or of another user
             if entry and entry.check():
-                found.append(entry)
-        return found
+                good.append(entry)
+        return sorted(good, key=self.validated, reverse=True) if good[1:] else good
 
     def missing(self, ident: str, uri: str) -> S3CacheError:
         """Return the error for an object that nobody can ask for: not there, or not to be seen."""

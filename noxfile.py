@@ -28,10 +28,7 @@ PROJECT = nox.project.load_toml(HERE / "pyproject.toml")
 # Two processes per core: tests wait more than they work. Some send signals and watch clocks, and
 # a loaded machine may fail one: it gets a second chance, and the summary names it.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-PYTEST = (
-    *("python", "-m", "pytest", "-n", str(2 * CPUS), "--dist", "worksteal"),
-    *("--reruns", "1", "-rR"),
-)
+PYTEST = f"python -m pytest -n {2 * CPUS} --dist worksteal --reruns 1 -rR".split()
 
 nox.needs_version = ">=2025.2"
 nox.options.sessions = ["demo", "lint", "types", "tests", "tests_boto3"]

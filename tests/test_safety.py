@@ -91,27 +91,6 @@ def _plant_link(root: Path) -> None:
     root.symlink_to(root.parent / "elsewhere")
 
 
-@pytest.mark.root
-def test_a_place_that_becomes_everybodys_is_looked_at_again(
-    tmp_path: Path,
-    shared: Path,
-    publish: Publish,
-    as_nobody: AsNobody,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Broken variant: what was safe once is safe for ever."""
-    monkeypatch.setattr(s3c, "_GLANCE", 0.0)
-    (tmp_path / "mine").mkdir()
-    link, uri = tmp_path / "link", publish(b"data")
-    link.symlink_to("mine")
-    s3c.get_local_path_for_resource(uri, cache_dir=link)
-    link.unlink()
-    link.symlink_to(shared)
-    as_nobody(lambda: _plant_directory(shared / "aind-s3-cache"))
-    with pytest.raises(s3c.CacheError, match="Unsafe"):
-        s3c.get_local_path_for_resource(uri, cache_dir=link)
-
-
 def _plant_dangling_link(root: Path) -> None:
     root.symlink_to(root.parent / "nowhere")
 
@@ -145,6 +124,27 @@ def test_what_another_user_planted_is_refused(
         get(publish(b"x" * size))
     assert str(shared) in str(caught.value)
     assert state(shared) == before
+
+
+@pytest.mark.root
+def test_a_place_that_becomes_everybodys_is_looked_at_again(
+    tmp_path: Path,
+    shared: Path,
+    publish: Publish,
+    as_nobody: AsNobody,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Broken variant: what was safe once is safe for ever."""
+    monkeypatch.setattr(s3c, "_GLANCE", 0.0)
+    (tmp_path / "mine").mkdir()
+    link, uri = tmp_path / "link", publish(b"data")
+    link.symlink_to("mine")
+    s3c.get_local_path_for_resource(uri, cache_dir=link)
+    link.unlink()
+    link.symlink_to(shared)
+    as_nobody(lambda: _plant_directory(shared / "aind-s3-cache"))
+    with pytest.raises(s3c.CacheError, match="Unsafe"):
+        s3c.get_local_path_for_resource(uri, cache_dir=link)
 
 
 @pytest.mark.root
