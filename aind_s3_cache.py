@@ -6629,13 +6629,16 @@ class CacheManager:
 
         Raises
         ------
-        ValueError
-            A negative limit.
+        ValueError, TypeError
+            A limit that is negative, or no number.
         CacheError
             Something could not be removed, though all else was; or the directory is not safe.
         """
-        if (max_age_days or 0) < 0 or (max_size_bytes or 0) < 0:
-            raise ValueError("max_age_days and max_size_bytes must not be negative")
+        for name, limit in (("max_age_days", max_age_days), ("max_size_bytes", max_size_bytes)):
+            if limit is not None:
+                _require(name, limit, "__float__", "a number")
+                if limit < 0:
+                    raise ValueError(f"{name} must not be negative")
         age = None if max_age_days is None else max_age_days * 86400.0
         return self._keeper.prune(age, max_size_bytes, dry_run)
 

@@ -313,6 +313,15 @@ def test_negative_limits_are_refused(limits: dict[str, int], manager: Any) -> No
         manager.prune(**limits)
 
 
+@pytest.mark.parametrize("name", ["max_age_days", "max_size_bytes"])
+@pytest.mark.parametrize("limit", ["30", "", []], ids=repr)
+def test_limits_that_are_no_numbers_are_refused_by_name(
+    name: str, limit: Any, manager: Any
+) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a number, not {type(limit).__name__}"):
+        manager.prune(**{name: limit})
+
+
 def test_a_hit_keeps_an_entry(hold: Any, get: Get, manager: Any) -> None:
     path = hold("k")
     assert get("s3://aind-open-data/k").status == "revalidated"
