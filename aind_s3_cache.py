@@ -4294,16 +4294,10 @@ class _Keeper(_Store):
     def now(self) -> float:
         """Return the time on the file system's clock, which the stamps are of."""
         path = _aside(self.root)
-        fd = -1
-        try:
-            fd = os.open(path, os.O_WRONLY | _NEW, 0o600)
-            return os.fstat(fd).st_mtime
-        except OSError:
-            return time.time()
-        finally:
-            if fd >= 0:
-                _close(fd)
-                _unlink(path)
+        _touch(path)
+        now = _newest(path)
+        _unlink(path)
+        return now or time.time()  # where nothing can be written
 
     def prune(self, max_age: float | None, max_size: int | None, dry_run: bool) -> list[CacheEntry]:
         """Carry out a plan; what was touched since it was made stays."""
