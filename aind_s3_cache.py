@@ -3239,12 +3239,11 @@ def _write_all(fd: int, view: memoryview, offset: int | None = None) -> None:
 _SEEK_LOCK = threading.Lock()
 
 
-def _unlink(path: str) -> bool:
+def _unlink(path: str) -> None:
     try:
         os.unlink(path)
     except OSError:
-        return False
-    return True
+        pass
 
 
 def _stamp(path: str) -> None:
@@ -3338,12 +3337,6 @@ def _checksum(crcs: bytes | bytearray) -> str:
     from zlib import crc32
 
     return crcs.hex() if len(crcs) == 4 else f"{crc32(crcs):08x}"
-
-
-def _checksum_of_file(path: str) -> str:
-    """Read a file back and return its checksum."""
-    with open(path, "rb", buffering=_CHUNK) as file:
-        return _checksum(b"".join(map(_crcs, iter(partial(file.read, _CHUNK), b""))))
 
 
 _SAFE_ROOTS: dict[str, float] = {}  # root -> when nobody else could plant it
@@ -4226,8 +4219,9 @@ def _is_left(path: str, now: float) -> bool:
 def _is_damaged(entry: _Entry) -> bool:
     """Tell whether an entry's bytes are not what they were; what may not be read is not judged."""
     try:
-        other = _checksum_of_file(entry.path) != entry.crc
-        return other or os.lstat(entry.path).st_size != entry.size
+        with open(entry.path, "rb", buffering=_CHUNK) as file:
+            crcs = b"".join(map(_crcs, iter(partial(file.read, _CHUNK), b"")))
+        return _checksum(crcs) != entry.crc or os.lstat(entry.path).st_size != entry.size
     except (FileNotFoundError, PermissionError):
         return False
     except OSError as error:
