@@ -4110,18 +4110,18 @@ def _plan_prune(
 
 
 def _is_tree(path: str) -> bool:
-    """Tell whether a path in ``trees`` is a snapshot of ours, or one being made."""
+    """Tell whether a path in ``trees`` is a snapshot of ours."""
     name = os.path.basename(path)
     hexes = name[:20] + name[22:38]
     ours = name[20:22] in ("_o", "_p") and name[38:39] == "_" and _HEX.issuperset(hexes)
-    return (ours or _is_aside(name)) and not os.path.islink(path)
+    return ours and not os.path.islink(path)
 
 
 def _is_ours(path: str) -> bool:
     """Tell whether a path in a shard or in ``trees`` has a name that we give."""
     folder, name = os.path.split(path)
     entry = os.path.join(folder, name[2:] if name[:2] in (".u", ".v") else name)
-    return _parse_entry(entry) is not None or _is_tree(entry)
+    return _is_aside(entry) or _parse_entry(entry) is not None or _is_tree(entry)
 
 
 def _list(path: str) -> list[str]:
@@ -4239,7 +4239,7 @@ class _Keeper(_Store):
             return []
         with _Disk(self.root):
             objects = [unit for shard in _list(self.objects) for unit in self._shard(shard)]
-            trees = [self._tree(p) for p in _list(self.trees) if _is_tree(p) and not _is_aside(p)]
+            trees = [self._tree(path) for path in _list(self.trees) if _is_tree(path)]
             partials = [self._part(path) for path in self.partials("")]
         return objects + trees + partials
 
@@ -4337,7 +4337,7 @@ class _Keeper(_Store):
             for path in _list_or_skip(shard):
                 name = os.path.basename(path)
                 entry = os.path.join(shard, name[2:])
-                if _is_aside(name) and _is_left(path, now):
+                if _is_aside(path) and _is_left(path, now):
                     _remove_any(path)
                 elif name[:2] in (".u", ".v") and _is_ours(path) and not os.path.lexists(entry):
                     _unlink(path)
