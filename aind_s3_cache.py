@@ -3806,7 +3806,8 @@ class _Partial:
         free = _free(self.store.partial)
         return free is None or free >= self.total
 
-    def _claim(self, at: int, end: int) -> None:
+    def claim(self, at: int, end: int) -> None:
+        """Take these chunks; the lock is held, or nobody else has the file yet."""
         self.state[at:end] = b"\1" * (end - at)
         self.free -= end - at
 
@@ -3822,13 +3823,8 @@ class _Partial:
             end = at
             while end < self.count and end - at < most // _CHUNK and not self.state[end]:
                 end += 1
-            self._claim(at, end)
+            self.claim(at, end)
         return at * _CHUNK, min(end * _CHUNK, self.total)
-
-    def take_first(self, stop: int) -> None:
-        """Take the chunks that the first answer brings."""
-        with self.lock:
-            self._claim(0, -(-stop // _CHUNK))
 
     def write(self, view: memoryview, offset: int) -> None:
         with _Disk(self.path + ".data", self.total):
@@ -3851,10 +3847,6 @@ class _Partial:
         except OSError:  # after a crash more comes again, and nothing else
             pass
 
-    @property
-    def whole(self) -> bool:
-        return self.state.count(2) == self.count
-
     def chunk(self, index: int) -> tuple[int, int]:
         return index * _CHUNK, min((index + 1) * _CHUNK, self.total)
 
@@ -3872,15 +3864,13 @@ class _Partial:
                 _drop_partial(path)
         return copied
 
-    def _take_one(self, index: int) -> bool:
+    def _copy(self, file: BinaryIO, index: int, crc: bytes) -> int:
+        """Copy a free chunk if its checksum is right; whatever goes wrong, it is free again."""
+        # Taken first, read then: a worker may want the same chunk at this moment.
         with self.lock:
             if self.state[index]:
-                return False
-            self._claim(index, index + 1)
-            return True
-
-    def _copy(self, file: BinaryIO, index: int, crc: bytes) -> int:
-        """Copy a taken chunk if its checksum is right; whatever goes wrong, it is free again."""
+                return 0
+            self.claim(index, index + 1)
         start, stop = self.chunk(index)
         try:
             file.seek(start)
@@ -3909,9 +3899,7 @@ class _Partial:
                 if not mine or not stat.S_ISREG(found.st_mode):
                     return 0
             for index, crc in _parse_log(files[1], self.count):
-                # Taken first, read then: a worker may want the same chunk at this moment.
-                if self._take_one(index):
-                    copied += self._copy(files[0], index, crc)
+                copied += self._copy(files[0], index, crc)
         except OSError as error:
             if isinstance(error, S3CacheError) or _is_of_handler(error):
                 raise
@@ -3950,9 +3938,6 @@ class _Partial:
             if self._users == 0:
                 _close(self.fd)
                 _close(self.log)
-
-    def discard(self) -> None:
-        _drop_partial(self.path)
 
 
 class _Record:
@@ -5366,7 +5351,7 @@ class _Download:
         finally:
             if self.opt.switch:
                 self.opt.switch.drop(self.switch)
-        if not entry and not self.file.whole:
+        if not entry and self.file.state.count(2) < self.file.count:
             raise IntegrityError("A part of the object is missing", uri=self.source.uri)
         return entry
 
@@ -5635,7 +5620,7 @@ class _Fetch:
         hashes: list[tuple[_Behind, bytes, str]] = []
         try:
             if first:
-                file.take_first(answer.stop or 0)
+                file.claim(0, -(-(answer.stop or 0) // _CHUNK))
             copied = 0 if self.doubted else file.adopt()
             self.tally.expect(-copied)
             _log(_DEBUG, "downloading %s: %d bytes, %d found", source.uri, total, copied)
@@ -5647,7 +5632,7 @@ class _Fetch:
             if entry:
                 if not self.store.confirm(entry.path):
                     raise _Changed  # gone again, and our own file is unfinished
-                file.discard()
+                _drop_partial(file.path)
                 return entry.path, True
             for behind, promised, name in hashes:
                 if behind.digest() != promised:
@@ -5658,7 +5643,7 @@ class _Fetch:
             # What a signal handler or the caller's progress raised says nothing against the bytes.
             ours = isinstance(error, (S3CacheError, _Changed, _AskPlainly))
             if (ours and not isinstance(error, TransferError)) or 2 not in file.state:
-                file.discard()
+                _drop_partial(file.path)
             raise
         finally:
             for behind, _, _ in hashes:
