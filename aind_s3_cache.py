@@ -3415,6 +3415,24 @@ def _touch(path: str) -> None:
         pass
 
 
+def _list(path: str) -> list[str]:
+    """Return the paths in a directory, none if it is not there, or only a link to one."""
+    try:
+        if os.path.islink(path):
+            return []
+        return sorted(os.path.join(path, name) for name in os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _list_or_skip(path: str) -> list[str]:
+    """Return the paths in a directory, none if it cannot be read."""
+    try:
+        return _list(path)
+    except OSError:
+        return []
+
+
 def _drop_partial(path: str) -> None:
     # By whole name, and not as a prefix: a process numbers its files, and 10 begins like 1.
     _unlink(path + ".data")
@@ -3588,13 +3606,10 @@ class _Store:
 
     def partials(self, prefix: str) -> list[str]:
         """Return the paths, without ending, of the partial files whose name begins so."""
-        try:
-            names = os.listdir(self.partial)
-        except OSError:
-            return []
-        ours = [n for n in names if n.startswith(prefix) and n.endswith((".data", ".log"))]
+        start, endings = os.path.join(self.partial, prefix), (".data", ".log")
+        ours = [p for p in _list_or_skip(self.partial) if p.startswith(start)]
         # Either may be alone: whoever made it was killed between the two.
-        return sorted({os.path.join(self.partial, name.rpartition(".")[0]) for name in ours})
+        return sorted({path.rpartition(".")[0] for path in ours if path.endswith(endings)})
 
     def drop_partials(self, prefix: str) -> None:
         for path in self.partials(prefix):
@@ -4109,27 +4124,9 @@ def _is_ours(path: str) -> bool:
     return _is_aside(entry) or _parse_entry(entry) is not None or _is_tree(entry)
 
 
-def _list(path: str) -> list[str]:
-    """Return the paths in a directory, none if it is not there, or only a link to one."""
-    try:
-        if os.path.islink(path):
-            return []
-        return sorted(os.path.join(path, name) for name in os.listdir(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
 def _on_error(act: Callable[[Any, str, Any], None]) -> Any:
     """Return the argument of `shutil.rmtree` that was renamed in 3.12."""
     return {"onexc" if sys.version_info >= (3, 12) else "onerror": act}
-
-
-def _list_or_skip(path: str) -> list[str]:
-    """Return the paths in a directory, none if it cannot be read."""
-    try:
-        return _list(path)
-    except OSError:
-        return []
 
 
 def _put_aside(path: str) -> str:
@@ -4357,14 +4354,13 @@ class _Keeper(_Store):
         if not self.exists():
             return
         with _Disk(self.root):
-            shards = [self.trees, *_list(self.objects)]
+            shards = [*_list(self.objects), self.trees]
             paths = [p for shard in shards for p in _list(shard) if _is_ours(p)]
             paths += [p for p in _list(self.partial) if p.endswith((".data", ".log"))]
             paths += [p for p in _list(self.locks) if len(os.path.basename(p)) == 3]
             paths += filter(_is_aside, _list(self.root))
             errors = list(map(_remove_any, [*paths, os.path.join(self.root, "CACHEDIR.TAG")]))
-            directories = [*_list(self.objects), self.objects, self.partial]
-            directories += [self.trees, self.locks]
+            directories = [*shards, self.objects, self.partial, self.locks]
             if self.root != self.cache_dir:  # what somebody named stays
                 directories.append(self.root)
             for path in directories:
