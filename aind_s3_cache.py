@@ -3499,7 +3499,6 @@ class _Store:
             except FileExistsError:
                 if not self.exists():
                     raise
-            self.exists()
         self._tag()
         for _ in range(9):
             try:
