@@ -3246,14 +3246,6 @@ def _unlink(path: str) -> None:
         pass
 
 
-def _stamp(path: str) -> None:
-    """Set the times to now, if the file system can."""
-    try:
-        os.utime(path)
-    except OSError:
-        pass
-
-
 def _sync(fd: int) -> None:
     """Make a file durable; some file systems cannot and say so."""
     try:
@@ -3928,8 +3920,8 @@ class _Partial:
             _sync(self.fd)  # written out of order: without it a power cut leaves zeros
             self.store.make(directory)
             self.close()
-            _stamp(self.path + ".data")  # validated now, not when the last byte was written
             final = _publish(self.path + ".data", directory, name)
+        self.store.confirm(final)  # validated now, not when the last byte was written
         self.store.drop_partials(self.key)
         return final
 
@@ -6086,7 +6078,7 @@ class _Tree:
     def publish(self, aside: str, path: str, names: list[str], keys: list[_Key]) -> None:
         """Make the directory visible; a damaged one of the same name makes room."""
         with _Disk(path):
-            _stamp(aside)
+            self.store.confirm(aside)
             try:
                 return os.rename(aside, path)
             except OSError:

@@ -169,7 +169,7 @@ def under(
 
 NO_HARM = {
     "the stamp of a tree": ("utime /trees/ 38", "tree/"),
-    "the stamp of a large object": ("utime /partial/ 1", "large"),
+    "the stamp of a large object": ("utime /objects/ 1", "large"),
     "a file system that cannot synchronize": ("fsync /partial/ 22", "large"),
     "the end of a lock": ("close /locks/ 5", "large"),
     "the log of what is done": ("write .log 5", "large"),
