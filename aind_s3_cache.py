@@ -3619,11 +3619,12 @@ class _Store:
     def recently_partial(self) -> bool:
         """Tell, for a system call a second, whether anybody may be downloading something large.
 
-        Who begins within that second is met at its lock, where an answer is given up for it.
+        Who begins within that second, or began long ago, is met at its lock, where an answer is
+        given up for it.
         """
         now = time.monotonic()
-        looked, recent = _PARTIAL_LOOKS.get(self.root, (-1.0, False))
-        if now - looked > 1.0:
+        looked, recent = _PARTIAL_LOOKS.get(self.root, (-_GLANCE, False))
+        if now - looked >= _GLANCE:
             recent = time.time() - _newest(self.partial) < 600
             _remember(_PARTIAL_LOOKS, self.root, (now, recent))
         return recent
