@@ -3788,7 +3788,6 @@ class _Partial:
         self._alone = alone
         self.path = os.path.join(store.partial, f"{self.key}{_process_id()}{next(_SERIAL):x}")
         with _Disk(store.partial, total):
-            store.make(store.partial)
             if alone and not self._fits():
                 store.drop_partials(self.key)  # rather from the first byte than not at all
             if not self._fits():
