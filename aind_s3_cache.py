@@ -3397,12 +3397,10 @@ _UTIME_OF_LINKS = os.utime in os.supports_follow_symlinks
 def _touch(path: str) -> None:
     """Set a stamp to now; where that cannot be, it is no harm."""
     try:
-        os.utime(path, follow_symlinks=not _UTIME_OF_LINKS)
-    except FileNotFoundError:
         try:
+            os.utime(path, follow_symlinks=not _UTIME_OF_LINKS)
+        except FileNotFoundError:
             os.close(os.open(path, os.O_WRONLY | _NEW, 0o666))
-        except OSError:
-            pass
     except OSError:
         pass
 
