@@ -3892,13 +3892,17 @@ class _Partial:
 
     def _adopt_from(self, path: str) -> int:
         """Copy the good chunks of one partial file: same user, regular, checksum as logged."""
-        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+        def opener(name: str, usual: int) -> int:
+            return os.open(name, usual | flags)
+
         copied, files = 0, []
         try:
             for ending in (".data", ".log"):
-                fd = os.open(path + ending, flags | getattr(os, "O_BINARY", 0))
-                files.append(open(fd, "rb"))  # noqa: SIM115  closed below
-                found = os.fstat(fd)
+                file = open(path + ending, "rb", opener=opener)  # noqa: SIM115  closed below
+                files.append(file)
+                found = os.fstat(file.fileno())
                 mine = found.st_uid == os.fstat(self.fd).st_uid  # as shown: mounts may map users
                 if not mine or not stat.S_ISREG(found.st_mode):
                     return 0

@@ -361,6 +361,17 @@ def test_a_damaged_orphan_costs_traffic_only(
     assert server.bytes_sent <= SIZE
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts file descriptors")
+def test_a_directory_in_the_place_of_a_partial_file_keeps_none_open(cache: Path) -> None:
+    """A long download looks at it each second, and would have no descriptors left."""
+    file = s3c._Partial(s3c._Store(str(cache)), "ident", "version", 1, False, True)
+    (parts(cache) / f"{file.key}other.data").mkdir()
+    before = os.listdir("/proc/self/fd")
+    file.adopt()
+    assert os.listdir("/proc/self/fd") == before
+    file.close()
+
+
 @pytest.mark.root
 @pytest.mark.parametrize("ending", [".data", ".log"])
 def test_another_users_partial_file_is_not_trusted(
