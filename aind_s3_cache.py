@@ -4180,7 +4180,7 @@ def _inodes(paths: Iterable[str]) -> dict[tuple[int, int], int]:
         except OSError:
             continue
         if stat.S_ISREG(s.st_mode):
-            held = getattr(s, "st_blocks", 0) * 512 if path.endswith(".data") else s.st_size
+            held = getattr(s, "st_blocks", s.st_size) * 512 if path.endswith(".data") else s.st_size
             found[s.st_dev, s.st_ino] = min(held, s.st_size)
     return found
 

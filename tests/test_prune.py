@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
@@ -282,6 +283,22 @@ def test_a_version_that_came_back_is_current(publish: Publish, get: Get, manager
     assert get(publish(b"one")).path == first.path
     assert {e.path: e.superseded for e in manager.entries()}[str(first.path)] is False
     assert sum(entry.superseded for entry in manager.entries()) == 1
+
+
+def test_a_partial_file_takes_space_where_blocks_are_not_counted(
+    cache: Path, manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows, where no file has holes in it either."""
+    data = cache / "aind-s3-cache" / "partial" / "0.0.0.data"
+    data.parent.mkdir(parents=True)
+    data.write_bytes(b"x" * 10)
+    lstat, told = os.lstat, ("st_mode", "st_dev", "st_ino", "st_size", "st_mtime")
+
+    def without_blocks(path: str) -> Any:
+        return SimpleNamespace(**{name: getattr(lstat(path), name) for name in told})
+
+    monkeypatch.setattr(os, "lstat", without_blocks)
+    assert manager.size() == 10
 
 
 def test_dry_run_only_tells(hold: Any, manager: Any) -> None:
