@@ -4390,10 +4390,10 @@ def _fallback_dir() -> str:
 
 
 def _default_cache_dir() -> str:
-    """Return where caches live by default; everything of ours is in one folder of it."""
-    for name in ("AIND_S3_CACHE_DIR", "XDG_CACHE_HOME", *(("LOCALAPPDATA",) * (os.name == "nt"))):
+    """Return where caches live if nobody says where; everything of ours is in one folder of it."""
+    for name in ("XDG_CACHE_HOME", *(("LOCALAPPDATA",) * (os.name == "nt"))):
         path = os.path.expanduser(_first_env(name))
-        if os.path.isabs(path) or (path and name == "AIND_S3_CACHE_DIR"):
+        if os.path.isabs(path):
             return os.path.abspath(path)
     # A container's home may be /, missing or read-only; a hit needs no more than to read.
     home = os.path.expanduser("~")
@@ -4413,15 +4413,16 @@ def _absolute(path: str) -> str:
 
 
 def _cache_dir(cache_dir: StrPath | None) -> str:
-    """Return the absolute path of the cache directory that a caller means."""
+    """Return the absolute path of the cache directory that a caller or the environment means."""
     try:
-        text = _text(cache_dir or "")
+        text = _text(cache_dir or _first_env("AIND_S3_CACHE_DIR"))
     except TypeError as error:
         raise TypeError(f"cache_dir: {error}") from None
     if text[:1] == os.sep == "/" and "\0" not in text:
         return _absolute(text)
     if _scheme(text) or "\0" in text:
-        raise ValueError(f"cache_dir must be a directory, not {_redact(text)!r}")
+        name = "cache_dir" if cache_dir else "AIND_S3_CACHE_DIR"
+        raise ValueError(f"{name} must be a directory, not {_redact(text)!r}")
     return os.path.abspath(os.path.expanduser(text)) if text else _default_cache_dir()
 
 
@@ -4565,7 +4566,7 @@ def _is_offline(offline: bool = False) -> bool:
 
 def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
     """Return a document from the default cache: offline, that is all there is."""
-    store = _Store(_default_cache_dir())
+    store = _Store(_cache_dir(None))
     source = next(access.sources(target, None))
     ident = _ident(source.place_id)
     for entry in store.find(ident, access.anonymous is not True):
@@ -6771,7 +6772,7 @@ def _do_json(args: Any) -> int:
 
 def _manager(args: Any) -> CacheManager:
     """Return a manager. The default place is named, too: who only looks makes no folder there."""
-    return CacheManager(args.cache_dir or _default_cache_dir())
+    return CacheManager(_cache_dir(args.cache_dir))
 
 
 def _do_ls(args: Any) -> int:

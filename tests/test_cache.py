@@ -869,6 +869,19 @@ def test_our_own_folder_as_cache_dir_is_the_cache(publish: Publish, get: Getter)
     assert os.listdir(folder) == []
 
 
+@pytest.mark.parametrize("named", ["s3://bucket/key", "file:///cache"])
+def test_a_variable_that_names_no_directory_makes_none(
+    named: str, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for `cache_dir`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AIND_S3_CACHE_DIR", named)
+    before = os.listdir()
+    with pytest.raises(ValueError, match=f"AIND_S3_CACHE_DIR must be a directory, not {named!r}"):
+        s3c.get_local_path_for_resource(publish(b"x"))
+    assert os.listdir() == before
+
+
 def test_a_relative_cache_dir_of_the_environment_counts_from_here(
     publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
