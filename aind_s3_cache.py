@@ -3818,9 +3818,8 @@ class _Partial:
     def take(self, most: int) -> tuple[int, int] | None:
         """Take a run of free chunks, at most so many bytes long; None if none is left."""
         with self.lock:
-            at = -1
-            if self.shared:
-                at = self.state.find(0, int.from_bytes(os.urandom(4), "big") % self.count)
+            begin = int.from_bytes(os.urandom(4), "big") % self.count if self.shared else 0
+            at = self.state.find(0, begin)
             at = self.state.find(0) if at < 0 else at
             if at < 0:
                 return None
