@@ -6601,7 +6601,7 @@ class CacheManager:
                 _require(name, limit, "__float__", "a number")
                 if limit < 0:
                     raise ValueError(f"{name} must not be negative")
-        age = None if max_age_days is None else max_age_days * 86400.0
+        age = None if max_age_days is None else float(max_age_days) * 86400.0
         return self._keeper.prune(age, max_size_bytes, dry_run)
 
     def verify(self) -> list[CacheEntry]:

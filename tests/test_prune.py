@@ -6,6 +6,8 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -337,6 +339,12 @@ def test_limits_that_are_no_numbers_are_refused_by_name(
 ) -> None:
     with pytest.raises(TypeError, match=f"{name} must be a number, not {type(limit).__name__}"):
         manager.prune(**{name: limit})
+
+
+def test_limits_may_be_any_kind_of_number(hold: Any, manager: Any) -> None:
+    hold("k")
+    gone = manager.prune(max_age_days=Decimal("0.5"), max_size_bytes=Fraction(1), dry_run=True)
+    assert names(gone) == ["k"]
 
 
 def test_a_hit_keeps_an_entry(hold: Any, get: Get, manager: Any) -> None:
