@@ -1448,16 +1448,15 @@ class _Pool:
     def take(self, key: tuple[Any, ...]) -> _Connection | None:
         """Return the connection used last for this key, if it is young enough."""
         now = time.monotonic()
-        found: _Connection | None = None
         with self._lock:
-            for at in range(len(self._idle) - 1, -1, -1):
-                if self._idle[at].key == key:
-                    found = self._idle.pop(at)
+            for found in reversed(self._idle):
+                if found.key == key:
+                    self._idle.remove(found)
                     break
+            else:
+                return None
         # Servers close idle connections unannounced; an attempt on a dead one costs a round trip.
         # And what came unasked is the end, or an answer to nothing: never the one to what is next.
-        if not found:
-            return None
         try:
             if now - found.idle_since <= _IDLE_SECONDS and not found.is_spoilt():
                 return found
@@ -1623,18 +1622,16 @@ def _dial(origin: Origin, deadline: float) -> Socket:
         left = min(_CONNECT_TIMEOUT, deadline - time.monotonic())
         if left <= 0:
             raise TimeoutError
+        sock: Socket | None = None
         try:
-            sock = socket.socket(family, kind, proto)
-        except OSError as error:  # a kernel without IPv6 has its addresses, too
-            last = error
-            continue
-        try:
+            sock = socket.socket(family, kind, proto)  # a kernel without IPv6 refuses its own
             sock.settimeout(left)
             sock.connect(address)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
         except BaseException as error:
-            sock.close()
+            if sock:
+                sock.close()
             if not isinstance(error, OSError) or _is_of_handler(error):
                 raise
             last = error

@@ -178,6 +178,27 @@ def test_an_address_of_a_family_that_the_system_lacks_is_skipped(
     assert get(f"http://somewhere.example:{server.port}/a").size == 1
 
 
+def test_a_limit_of_time_that_ends_while_a_socket_is_made_is_the_callers(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken variant: it was taken for an address that cannot be used, and the next was tried."""
+
+    def late(_: int, frame: object) -> None:  # as a signal handler is called
+        raise TimeoutError("the caller's")
+
+    def make(*_: object) -> None:
+        made.append(1)
+        late(0, sys._getframe())
+
+    found = socket.getaddrinfo("127.0.0.1", server.port, 0, socket.SOCK_STREAM)
+    made: list[int] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found * 2)
+    monkeypatch.setattr(socket, "socket", make)
+    with pytest.raises(TimeoutError, match="the caller's"):
+        s3c._dial(("http", "127.0.0.1", server.port), time.monotonic() + 5)
+    assert made == [1]
+
+
 @pytest.mark.parametrize(
     ("number", "attempts"), [(socket.EAI_AGAIN, 9), (socket.EAI_NONAME, 2)], ids=["again", "noname"]
 )
@@ -358,6 +379,29 @@ def test_what_came_over_tls_is_reported_before_a_stall_is(
     began, told = time.monotonic(), []
     failing(get, f"{tls_server.url}/a", progress=lambda _: told.append(time.monotonic() - began))
     assert told[0] < 1.0
+
+
+def test_whoever_interrupts_the_search_for_a_connection_changes_nothing_of_it() -> None:
+    """Broken variant: a signal handler's call moved it, and one to another server was taken."""
+    pool = s3c._Pool()
+    interrupted: list[bool] = []
+
+    class Asked(tuple):  # type: ignore[type-arg]
+        def __eq__(self, other: object) -> bool:
+            if not interrupted:
+                interrupted.append(True)
+                pool.give(pool.take(right))
+            return True
+
+        __hash__ = tuple.__hash__
+
+    right, wrong = (("http", "right", 80),), (("http", "wrong", 80),)
+    with contextlib.ExitStack() as held:
+        for key in (right, wrong):
+            near, _ = map(held.enter_context, socket.socketpair())
+            pool.give(s3c._Connection(near, key))
+        pool._idle[0].key = Asked(right)
+        assert pool.take(right).key == right
 
 
 def test_a_connection_that_idled_too_long_is_not_used_again(
