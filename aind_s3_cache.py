@@ -236,15 +236,11 @@ def _redact_path(text: str) -> str:
     return _redact_bad(text) if is_typo else _printable(text)
 
 
-_MIXED: dict[tuple[type, type], Any] = {}
-
-
+@lru_cache(maxsize=32)  # all of ours with both of theirs
 def _mixed(ours: Any, foreign: type) -> Any:
     """Return a class that is both, made at run time since the foreign one may never be loaded."""
-    if (ours, foreign) not in _MIXED:
-        names = {"_ours": ours, "__module__": ours.__module__}
-        _MIXED[ours, foreign] = type(ours.__name__, (ours, foreign), names)
-    return _MIXED[ours, foreign]
+    names = {"_ours": ours, "__module__": ours.__module__}
+    return type(ours.__name__, (ours, foreign), names)
 
 
 class S3CacheError(Exception):
@@ -293,8 +289,10 @@ class S3CacheError(Exception):
         code: str | None = None,
         **_: object,
     ) -> E:
-        foreign = cls._also(status, code)
-        mixed: Any = _mixed(cls, foreign) if foreign else cls
+        mixed: Any = cls
+        foreign: Any = cls._also(status, code)
+        if foreign:
+            mixed = _mixed(mixed, foreign)
         made: E = super().__new__(mixed, message)
         return made
 
@@ -2023,11 +2021,9 @@ class _Quota:
         self.tokens = _RETRY_TOKENS
 
     def take(self) -> bool:
-        self.tokens -= 5
-        if self.tokens < 0:
-            self.tokens = 0
-            return False
-        return True
+        enough = self.tokens >= 5
+        self.tokens = max(0, self.tokens - 5)
+        return enough
 
     def give(self) -> None:
         self.tokens = min(_RETRY_TOKENS, self.tokens + 1)
