@@ -129,6 +129,7 @@ if TYPE_CHECKING:
     StrPath = Union[str, os.PathLike[str]]
     Progress = Union[bool, None, Callable[[int], object]]
     Origin = tuple[str, str, int]
+    Fields = dict[str, str]  # of a request: range and conditions, by name
 
     class Reader(Protocol):
         """What a transfer reads from."""
@@ -1829,16 +1830,10 @@ class _Exchange:
     __slots__ = ("env", "fields", "key", "method", "place", "proxy", "read", "sent", "switch")
 
     def __init__(
-        self,
-        place: _Place,
-        env: _Env,
-        fields: str = "",
-        *,
-        method: str = "GET",
-        switch: _Stop | None = None,
+        self, place: _Place, env: _Env, switch: _Stop | None, fields: Fields, method: str = "GET"
     ) -> None:
-        self.place, self.env, self.fields, self.method = place, env, fields, method
-        self.switch = switch
+        self.place, self.env, self.switch = place, env, switch
+        self.fields, self.method = fields, method
         self.proxy: _Place | None = None
         self.sent: _Connection | None = None  # where the request is on its way
         self.read: tuple[int, dict[str, str], _Body] | None = None  # of its answer, ahead
@@ -1886,10 +1881,11 @@ class _Exchange:
         if proxy and place.origin[0] == "http":
             target = f"http://{place.netloc}{target}"
             login += proxy.login("Proxy-Authorization")
+        fields = "".join([f"{name}: {value}\r\n" for name, value in self.fields.items()])
         text = (
             f"{self.method} {target} HTTP/1.1\r\nHost: {place.netloc}\r\n"
             f"User-Agent: aind-s3-cache/{__version__}\r\nAccept: */*\r\n"
-            f"Accept-Encoding: identity\r\n{login}{self.fields}\r\n"
+            f"Accept-Encoding: identity\r\n{login}{fields}\r\n"
         )
         connection.switch = self.switch
         try:
@@ -2010,7 +2006,7 @@ def _follow(exchange: _Exchange) -> tuple[int, dict[str, str], _Body]:
         # Unread: a redirect may carry an endless body, as curl's test 477 shows.
         body.close()
         place = _redirected(exchange.place, headers["location"])
-        exchange = _Exchange(place, exchange.env, exchange.fields, switch=exchange.switch)
+        exchange = _Exchange(place, exchange.env, exchange.switch, exchange.fields)
     raise TransferError(f"More than {_REDIRECTS} redirects, the last one to {exchange.place}")
 
 
@@ -2086,45 +2082,13 @@ class _Patience:
 
 
 # ==== 6 Sources ===================================================================================
-# Three senders and a file behind one ``read(ask) -> _Answer``. 200, 206, 304, 412 and 416 are
+# Three senders and a file behind one ``read(fields) -> _Answer``. 200, 206, 304, 412 and 416 are
 # answers; everything else is raised. The only section that names boto3.
 
 _REGIONS: dict[tuple[str, str], str] = {}  # (endpoint, bucket) -> region, learnt from redirects
 _SIGNED_BUCKETS: set[tuple[str, str]] = set()  # (endpoint, bucket) that refused us unsigned
 _CLIENTS: dict[tuple[tuple[str, str], ...], Any] = {}  # our own, by the environment of each
 _DIRECTORY_BUCKET = "--x-s3", "--xa-s3"  # how the names of such and of their access points end
-
-
-class _Ask:
-    """What a source is asked for: a range, or all where it has no stop, under conditions."""
-
-    __slots__ = ("if_match", "if_modified_since", "if_none_match", "span", "switch")
-
-    def __init__(
-        self,
-        start: int = 0,
-        stop: int | None = None,
-        *,
-        if_match: str | None = None,
-        if_none_match: str | None = None,
-        if_modified_since: str | None = None,
-        switch: _Stop | None = None,
-    ) -> None:
-        self.span = None if stop is None else f"bytes={start}-{stop - 1}"
-        self.if_match, self.if_none_match = if_match, if_none_match
-        self.if_modified_since, self.switch = if_modified_since, switch
-
-    @property
-    def fields(self) -> str:
-        """The header fields of the request."""
-        fields = f"Range: {self.span}\r\n" if self.span else ""
-        if self.if_match:
-            fields += f"If-Match: {self.if_match}\r\n"
-        if self.if_none_match:
-            fields += f"If-None-Match: {self.if_none_match}\r\n"
-        elif self.if_modified_since:
-            fields += f"If-Modified-Since: {self.if_modified_since}\r\n"
-        return fields
 
 
 class _Source:
@@ -2139,11 +2103,11 @@ class _Source:
     version: str | None = None
     place_id: tuple[str, ...] = ()  # everything that makes it this object and no other
 
-    def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
+    def read(self, fields: Fields, switch: _Stop | None, begun: _Exchange | None = None) -> _Answer:
         """Ask for a range, or for all, under conditions; or read what was begun by asking so."""
         raise NotImplementedError
 
-    def exchange(self, ask: _Ask) -> _Exchange | None:
+    def exchange(self, fields: Fields, switch: _Stop | None) -> _Exchange | None:
         """Return the exchange that asks so, None where it is not ours to send."""
         return None
 
@@ -2204,11 +2168,11 @@ class _HTTP(_Source):
         # A password or a presigned query is a credential: what it brings is nobody else's.
         self.private = self.place.auth is not None or "?" in self.place.target
 
-    def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
-        return self._answer(*_follow(begun or self.exchange(ask)))
+    def read(self, fields: Fields, switch: _Stop | None, begun: _Exchange | None = None) -> _Answer:
+        return self._answer(*_follow(begun or self.exchange(fields, switch)))
 
-    def exchange(self, ask: _Ask) -> _Exchange:
-        return _Exchange(self.place, self.env, ask.fields, switch=ask.switch)
+    def exchange(self, fields: Fields, switch: _Stop | None) -> _Exchange:
+        return _Exchange(self.place, self.env, switch, fields)
 
 
 @lru_cache(maxsize=16)
@@ -2270,6 +2234,7 @@ class _Unsigned(_S3):
     def __init__(self, bucket: str, key: str, version: str | None, env: _Env) -> None:
         super().__init__(bucket, key, version, env.endpoint)
         self.env = env
+        self._query = f"?versionId={_quote(version, _WORD)}" if version else ""
         if not self.endpoint:
             self.place_id = ("s3", _dns_suffix(env.region), bucket, key, version or "")
 
@@ -2290,14 +2255,14 @@ class _Unsigned(_S3):
         """
         told = headers.get("x-amz-bucket-region") or _parse_error(body).get("Region", "")
         if not told:
-            exchange = _Exchange(self._at("", ""), self.env, method="HEAD", switch=switch)
+            exchange = _Exchange(self._at("", ""), self.env, switch, {}, "HEAD")
             _, headers, reply = exchange.answer()
             reply.close()
             told = headers.get("x-amz-bucket-region", "")
         return told if _is_region(told) else ""
 
     def _settled(
-        self, exchange: _Exchange, ask: Callable[[], _Exchange]
+        self, exchange: _Exchange, key: str, query: str
     ) -> tuple[int, dict[str, str], Reader]:
         """Return the answer; ask once more where the bucket's region is another than we thought."""
         status, headers, body = reply = exchange.answer()
@@ -2313,20 +2278,19 @@ class _Unsigned(_S3):
         if region:
             _log(_DEBUG, "%s is in %s", self.bucket, region)
             _REGIONS[self.endpoint, self.bucket] = region
-            again = ask()
+            again = _Exchange(self._at(key, query), self.env, exchange.switch, exchange.fields)
             there, here = again.place, exchange.place
             if moved or (there.origin, there.target) != (here.origin, here.target):
                 return again.answer()
         raise self._error(status, headers, text, None if text else "PermanentRedirect")
 
-    def exchange(self, ask: _Ask) -> _Exchange:
-        query = f"?versionId={_quote(self.version, _WORD)}" if self.version else ""
-        fields = ask.fields + "x-amz-checksum-mode: ENABLED\r\n"
-        return _Exchange(self._at(self.key, query), self.env, fields, switch=ask.switch)
+    def exchange(self, fields: Fields, switch: _Stop | None) -> _Exchange:
+        fields = {**fields, "x-amz-checksum-mode": "ENABLED"}
+        return _Exchange(self._at(self.key, self._query), self.env, switch, fields)
 
-    def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
-        exchange = begun or self.exchange(ask)
-        return self._answer(*self._settled(exchange, partial(self.exchange, ask)))
+    def read(self, fields: Fields, switch: _Stop | None, begun: _Exchange | None = None) -> _Answer:
+        exchange = begun or self.exchange(fields, switch)
+        return self._answer(*self._settled(exchange, self.key, self._query))
 
     def list_page(
         self, prefix: str, token: str | None, switch: _Stop | None
@@ -2334,11 +2298,8 @@ class _Unsigned(_S3):
         query = f"?list-type=2&encoding-type=url&prefix={_quote(prefix, _WORD)}"
         if token:
             query += f"&continuation-token={_quote(token, _WORD)}"
-
-        def ask() -> _Exchange:
-            return _Exchange(self._at("", query), self.env, switch=switch)
-
-        status, headers, body = self._settled(ask(), ask)
+        exchange = _Exchange(self._at("", query), self.env, switch, {})
+        status, headers, body = self._settled(exchange, "", query)
         if status != 200:
             raise self._error(status, headers, _read_error(body))
         page = _read_up_to(body, _LIST_LIMIT)  # cut there it is no XML
@@ -2468,19 +2429,20 @@ class _Signed(_S3):
                 raise
             raise translated from None
 
-    def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
-        if ask.switch:
-            ask.switch.check()
+    def read(self, fields: Fields, switch: _Stop | None, begun: _Exchange | None = None) -> _Answer:
+        if switch:
+            switch.check()
+        span = fields.get("Range")
         try:
             got = self._call(
                 "get_object",
                 Bucket=self.bucket,
                 Key=self.key,
                 VersionId=self.version,
-                Range=ask.span,
-                IfMatch=ask.if_match,
-                IfNoneMatch=ask.if_none_match,
-                ChecksumMode="ENABLED" if self.own and ask.span is None else None,
+                Range=span,
+                IfMatch=fields.get("If-Match"),
+                IfNoneMatch=fields.get("If-None-Match"),
+                ChecksumMode="ENABLED" if self.own and span is None else None,
             )
         except S3CacheError as error:
             if error.status in (304, 412, 416):
@@ -2497,8 +2459,8 @@ class _Signed(_S3):
         if got.get("ContentRange"):
             headers["content-range"] = got["ContentRange"]
         status = meta.get("HTTPStatusCode") or (206 if "content-range" in headers else 200)
-        body = _Stream(got["Body"], self, ask.switch)
-        if ask.span is None:  # nothing is joined to it: what a double leaves out is not missed
+        body = _Stream(got["Body"], self, switch)
+        if span is None:  # nothing is joined to it: what a double leaves out is not missed
             return _Source._answer(self, status, headers, body)
         return self._answer(status, headers, body)
 
@@ -2573,7 +2535,7 @@ class _File(_Source):
         message = f"Cannot read {self.uri}: {error.strerror}"
         return cls(message, uri=self.uri, errno=error.errno)
 
-    def read(self, ask: _Ask, begun: _Exchange | None = None) -> _Answer:
+    def read(self, fields: Fields, switch: _Stop | None, begun: _Exchange | None = None) -> _Answer:
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115  the answer owns it
             found = os.fstat(file.fileno())
@@ -2892,8 +2854,8 @@ def _resume(
     Status, ETag and Content-Range are checked before a byte is used: servers ignore If-Match and
     Range, and boto3 itself then writes a wrong file (faults seen in the wild).
     """
-    ask = _Ask(sink.at, stop, if_match=etag, switch=patience.switch)
-    answer = patience.insist(partial(source.read, ask))
+    fields = {"Range": f"bytes={sink.at}-{stop - 1}", "If-Match": etag}
+    answer = patience.insist(partial(source.read, fields, patience.switch))
     if answer.status == 206 and answer.etag == etag:
         if (answer.start, answer.stop, answer.total) == (sink.at, stop, total):
             return answer
@@ -4530,7 +4492,7 @@ def _read_json(source: _Source) -> dict[str, Any]:
     patience, doubted = _Patience(), False
     while True:
         try:
-            answer = source.read(_Ask())
+            answer = source.read({}, None)
             if answer.status != 200:
                 answer.body.close()
                 raise TransferError("Unexpected answer", uri=source.uri, status=answer.status)
@@ -5388,7 +5350,7 @@ class _Fetch:
 
     asked = False  # ahead
     begun: _Exchange | None = None  # its answer is still to be read
-    ask: _Ask  # what was asked so
+    fields: Fields  # with which it was asked so
     newest: _Entry | None = None  # on the condition that we do not hold this
     plain = False  # ask without range and conditions
     doubted = False  # bytes were not as promised: use nothing of that try
@@ -5411,24 +5373,23 @@ class _Fetch:
         """Tell whether another thread may have added the object since we looked."""
         return self.added != _ADDED.get(self.shard)
 
-    def _first(self, newest: _Entry | None) -> _Ask:
+    def _first(self, newest: _Entry | None) -> Fields:
         """Return what to ask for first: a range, unless the object is still what we hold."""
         etag, modified = (newest.etag, newest.modified) if newest else (None, None)
-        return _Ask(
-            0,
-            self.opt.asked,
-            if_none_match=etag,
-            if_modified_since=modified,
-            switch=self.opt.switch,
-        )
+        fields = {"Range": f"bytes=0-{self.opt.asked - 1}"}
+        if etag:
+            fields["If-None-Match"] = etag
+        elif modified:
+            fields["If-Modified-Since"] = modified
+        return fields
 
     def ask_ahead(self) -> bool:
         """Send the first request now, to read its answer in the call's turn; False if not."""
         if self.key in _FLIGHTS or self.key in _ASKED:
             return False  # what another thread fetches is not asked for twice
         self.newest = self.held[0] if self.held else None
-        self.ask = self._first(self.newest)
-        exchange = self.source.exchange(self.ask)
+        self.fields = self._first(self.newest)
+        exchange = self.source.exchange(self.fields, self.opt.switch)
         if exchange is None:
             return False
         self.asked = True
@@ -5480,12 +5441,12 @@ class _Fetch:
         newest = held[0] if held and not self.plain else None
         begun: _Exchange | None = None
         if self.plain:
-            ask = _Ask(switch=self.opt.switch)
+            fields: Fields = {}
         elif self.begun and newest is self.newest:  # else it was asked on another condition
-            ask, begun, self.begun = self.ask, self.begun, None
+            fields, begun, self.begun = self.fields, self.begun, None
         else:
-            ask = self._first(newest)
-        answer = self.source.read(ask, begun)
+            fields = self._first(newest)
+        answer = self.source.read(fields, self.opt.switch, begun)
         try:
             same = next((e for e in held if _is_same(e, answer)), None) if held else None
             sent = newest is not None and bool(newest.etag or newest.modified)
