@@ -2752,14 +2752,16 @@ class _AskPlainly(Exception):
 
 
 class _Sink:
-    """Where a body goes: ``at`` is the position that a resumed transfer goes on from."""
+    """Where a body goes, here into memory: ``at`` is where a resumed transfer goes on from."""
 
-    def __init__(self, at: int, progress: Callable[[int], object]) -> None:
-        self.at, self.progress = at, progress
+    def __init__(
+        self, view: memoryview, progress: Callable[[int], object] = int, at: int = 0
+    ) -> None:
+        self.view, self.progress, self.at = view, progress, at
 
     def room(self, stop: int | None) -> memoryview:
         """Return where the next bytes may be read into, not beyond stop."""
-        raise NotImplementedError
+        return self.view[self.at : stop]
 
     def took(self, size: int) -> None:
         """Take note of bytes read into the room."""
@@ -2770,18 +2772,6 @@ class _Sink:
         """Forget everything: the object comes again from its first byte."""
         self.progress(-self.at)
         self.at = 0
-
-
-class _Bytes(_Sink):
-    """A body of known size in memory."""
-
-    def __init__(self, size: int, progress: Callable[[int], object] = int) -> None:
-        self.at, self.progress = 0, progress
-        self.data = bytearray(size)
-        self.view = memoryview(self.data)
-
-    def room(self, stop: int | None) -> memoryview:
-        return self.view[self.at : stop]
 
 
 def _crcs(data: bytes | memoryview) -> bytes:
@@ -2801,25 +2791,21 @@ def _buffer(body: Reader) -> memoryview:
 
 
 class _Chunks(_Sink):
-    """A body on its way to a file, some chunks at a time through one reused buffer."""
+    """The way to a file, some chunks at a time through one reused buffer."""
 
     def __init__(
-        self,
-        file: _ChunkFile,
-        at: int,
-        progress: Callable[[int], object],
-        buffer: memoryview,
+        self, file: _ChunkFile, view: memoryview, progress: Callable[[int], object], at: int
     ) -> None:
-        super().__init__(at, progress)
-        self._file, self._buffer = file, buffer
+        super().__init__(view, progress, at)
+        self._file = file
         self._base = self._end = at  # of what the buffer holds, and of what it may hold
         self._due = time.monotonic() + _LOG_EVERY
 
     def room(self, stop: int | None) -> memoryview:
-        self._end = self._base + len(self._buffer)
+        self._end = self._base + len(self.view)
         if stop is not None and stop < self._end:
             self._end = stop
-        return self._buffer[self.at - self._base : self._end - self._base]
+        return self.view[self.at - self._base : self._end - self._base]
 
     def took(self, size: int) -> None:
         super().took(size)
@@ -2829,10 +2815,10 @@ class _Chunks(_Sink):
             self._flush((self.at - self._base) // _CHUNK * _CHUNK)
 
     def _flush(self, size: int) -> None:
-        view, left = self._buffer[:size], self.at - self._base - size
-        self._file.write(view, self._base)
-        self._file.finish(self._base // _CHUNK, _crcs(view))
-        self._buffer[:left] = self._buffer[size : size + left]
+        whole, left = self.view[:size], self.at - self._base - size
+        self._file.write(whole, self._base)
+        self._file.finish(self._base // _CHUNK, _crcs(whole))
+        self.view[:left] = self.view[size : size + left]
         self._base += size
         self._due = time.monotonic() + _LOG_EVERY
 
@@ -4405,9 +4391,9 @@ def _collect(source: _Source, answer: _Answer, patience: _Patience) -> bytearray
     if answer.total > _JSON_LIMIT:
         answer.body.close()
         raise _too_large(source)
-    sink = _Bytes(answer.total)
-    _pull(source, answer, sink, answer.total, patience)
-    return sink.data
+    data = bytearray(answer.total)
+    _pull(source, answer, _Sink(memoryview(data)), answer.total, patience)
+    return data
 
 
 def _decompress(data: bytearray, wbits: int, limit: int) -> bytearray | None:
@@ -5242,7 +5228,7 @@ class _Download:
     def _fetch(
         self, answer: _Answer | None, start: int, stop: int, buffer: memoryview, patience: _Patience
     ) -> None:
-        sink = _Chunks(self.file, start, self.count, buffer)
+        sink = _Chunks(self.file, buffer, self.count, start)
         asked = answered = time.monotonic()
         if answer is None:
             answer = _resume(self.source, sink, stop, self.etag, self.total, patience)
@@ -5484,18 +5470,17 @@ class _Fetch:
     def _small(self, answer: _Answer) -> str:
         """Keep a small object in memory until it is whole and checked, then write it at once."""
         size = answer.total or 0
-        sink = _Bytes(size, self.tally)
-        _pull(self.source, answer, sink, size, self.patience)
-        _check_bytes(self.source, answer, sink.data)
+        data = bytearray(size)
+        view = memoryview(data)
+        _pull(self.source, answer, _Sink(view, self.tally), size, self.patience)
+        _check_bytes(self.source, answer, data)
         validator = _validator(answer)
         if not validator:
             sha = _hasher("sha256")
-            sha.update(sink.data)
+            sha.update(data)
             validator = "n" + sha.hexdigest()[:20]
-        name = self.store.name(
-            self.ident, self.source, validator, size, _checksum(_crcs(sink.view))
-        )
-        return self.store.add(self.ident, name, sink.view, self.source.private)
+        name = self.store.name(self.ident, self.source, validator, size, _checksum(_crcs(view)))
+        return self.store.add(self.ident, name, view, self.source.private)
 
     def _stream(self, answer: _Answer) -> str:
         """Write one body to disk in order: of medium size, or of a length nobody knows yet."""
@@ -5504,7 +5489,7 @@ class _Fetch:
         total = answer.total
         file = _Spool(self.store, self.ident, self.source.private, total or 0, names)
         try:
-            sink = _Chunks(file, 0, self.tally, _buffer(answer.body))
+            sink = _Chunks(file, _buffer(answer.body), self.tally, 0)
             if total is None:
                 _pull_to_end(answer, sink, self.patience)
             else:
