@@ -764,20 +764,12 @@ class _Place:
     def __init__(self, origin: Origin, target: str, auth: str | None = None) -> None:
         self.origin, self.target, self.auth = origin, target, auth
 
-    @property
-    def address(self) -> str:
-        return _address(self.origin, True)
-
-    @property
-    def netloc(self) -> str:
-        return _address(self.origin)
-
     def login(self, header: str) -> str:
         """Return the header line that logs in here, "" where nobody has to."""
         return f"{header}: {self.auth}\r\n" if self.auth else ""
 
     def __str__(self) -> str:
-        return f"{self.origin[0]}://{self.netloc}{self.target.partition('?')[0]}"
+        return f"{self.origin[0]}://{_address(self.origin)}{self.target.partition('?')[0]}"
 
 
 def _basic(userinfo: str) -> str:
@@ -1649,7 +1641,7 @@ def _wire_error(error: Exception, place: _Place, proxy: _Place | None) -> S3Cach
     import socket
 
     kind, place = ("proxy ", proxy) if proxy else ("", place)
-    where = kind + place.address
+    where = kind + _address(place.origin, True)
     number = getattr(error, "errno", None)
     if any(cls.__name__ == "SSLError" for cls in type(error).__mro__):
         number = None  # it is OpenSSL's, whose 1 and 8 are no EPERM and ENOEXEC
@@ -1684,7 +1676,7 @@ def _raise_wire(error: Exception, place: _Place, proxy: _Place | None = None) ->
 
 def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None:
     """Ask the proxy for a tunnel (RFC 9110, 9.3.6)."""
-    target, login = place.address, proxy.login("Proxy-Authorization")
+    target, login = _address(place.origin, True), proxy.login("Proxy-Authorization")
     text = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{login}\r\n"
     wire = _Connection(sock, (proxy.origin,))
     try:
@@ -1783,9 +1775,8 @@ class _Body:
                 if self.left is None:
                     self._end()
                     return 0
-                raise TransferError(
-                    f"Connection to {self.place.netloc} lost: body cut short", retry="soon"
-                )
+                host = _address(self.place.origin)
+                raise TransferError(f"Connection to {host} lost: body cut short", retry="soon")
         except (OSError, ValueError) as error:
             self.close()
             _raise_wire(error, self.place)
@@ -1877,13 +1868,13 @@ class _Exchange:
 
     def _send(self, connection: _Connection) -> None:
         place, proxy = self.place, self.proxy
-        target, login = place.target, place.login("Authorization")
+        host, target, login = _address(place.origin), place.target, place.login("Authorization")
         if proxy and place.origin[0] == "http":
-            target = f"http://{place.netloc}{target}"
+            target = f"http://{host}{target}"
             login += proxy.login("Proxy-Authorization")
         fields = "".join([f"{name}: {value}\r\n" for name, value in self.fields.items()])
         text = (
-            f"{self.method} {target} HTTP/1.1\r\nHost: {place.netloc}\r\n"
+            f"{self.method} {target} HTTP/1.1\r\nHost: {host}\r\n"
             f"User-Agent: aind-s3-cache/{__version__}\r\nAccept: */*\r\n"
             f"Accept-Encoding: identity\r\n{login}{fields}\r\n"
         )
@@ -1985,7 +1976,7 @@ def _redirected(place: _Place, location: str) -> _Place:
     from urllib.parse import urljoin
 
     scheme = place.origin[0]
-    base = f"{scheme}://{place.netloc}{place.target}"
+    base = f"{scheme}://{_address(place.origin)}{place.target}"
     location = location.encode("latin-1").decode("utf-8", "replace")
     try:
         new = _place(urljoin(base, location))

@@ -44,7 +44,7 @@ KEYS = [
 
 def address(bucket: str, key: str, region: str) -> str:
     place = s3c._aws_place(bucket, key, region, "")
-    return f"{place.origin[0]}://{place.netloc}{place.target}"
+    return f"{place.origin[0]}://{s3c._address(place.origin)}{place.target}"
 
 
 @pytest.fixture(scope="module")
