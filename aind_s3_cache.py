@@ -130,6 +130,8 @@ if TYPE_CHECKING:
     Progress = Union[bool, None, Callable[[int], object]]
     Origin = tuple[str, str, int]
     Fields = dict[str, str]  # of a request: range and conditions, by name
+    Reply = tuple[int, dict[str, str], "_Body"]  # status, headers and body
+    Page = tuple[list["_Key"], Union[str, None]]  # of a listing, and the token of the next
 
     class Reader(Protocol):
         """What a transfer reads from."""
@@ -1017,7 +1019,7 @@ class _Key:
         self.etag = _etag({"etag": etag if etag[-1:] == '"' else f'"{etag}"'})
 
 
-def _parse_listing(body: bytes) -> tuple[list[_Key], str | None]:
+def _parse_listing(body: bytes) -> Page:
     """Return the objects of one ListObjectsV2 page and the token of the next.
 
     Keys are decoded with unquote_plus, as botocore does, and only if the page says that it is
@@ -1827,7 +1829,7 @@ class _Exchange:
         self.fields, self.method = fields, method
         self.proxy: _Place | None = None
         self.sent: _Connection | None = None  # where the request is on its way
-        self.read: tuple[int, dict[str, str], _Body] | None = None  # of its answer, ahead
+        self.read: Reply | None = None  # of its answer, ahead
 
     def _route(self) -> None:
         """Find the proxy, and the key of the connections that go this way."""
@@ -1887,7 +1889,7 @@ class _Exchange:
             connection.close()
             raise
 
-    def _receive(self, connection: _Connection) -> tuple[int, dict[str, str], _Body]:
+    def _receive(self, connection: _Connection) -> Reply:
         """Read the head of the answer to the request that was sent last."""
         try:
             _TURN.pause()
@@ -1940,7 +1942,7 @@ class _Exchange:
         elif sent:
             sent.close()
 
-    def answer(self) -> tuple[int, dict[str, str], _Body]:
+    def answer(self) -> Reply:
         """Return status, headers and body; of what sockets and TLS raise, only errors of ours."""
         read, self.read = self.read, None
         if read:
@@ -1988,7 +1990,7 @@ def _redirected(place: _Place, location: str) -> _Place:
     return _Place(new.origin, new.target, auth)
 
 
-def _follow(exchange: _Exchange) -> tuple[int, dict[str, str], _Body]:
+def _follow(exchange: _Exchange) -> Reply:
     """Follow the redirects of a GET; their bodies are never read."""
     for _ in range(_REDIRECTS + 1):
         status, headers, body = exchange.answer()
@@ -2208,9 +2210,7 @@ class _S3(_Source):
                 raise TransferError("Not an S3 answer: no ETag or length", uri=self.uri, hint=hint)
         return super()._answer(status, headers, body)
 
-    def list_page(
-        self, prefix: str, token: str | None, switch: _Stop | None
-    ) -> tuple[list[_Key], str | None]:
+    def list_page(self, prefix: str, token: str | None, switch: _Stop | None) -> Page:
         """Return a page of the objects below a prefix, and the token of the next."""
         raise NotImplementedError
 
@@ -2252,9 +2252,7 @@ class _Unsigned(_S3):
             told = headers.get("x-amz-bucket-region", "")
         return told if _is_region(told) else ""
 
-    def _settled(
-        self, exchange: _Exchange, key: str, query: str
-    ) -> tuple[int, dict[str, str], Reader]:
+    def _settled(self, exchange: _Exchange, key: str, query: str) -> Reply:
         """Return the answer; ask once more where the bucket's region is another than we thought."""
         status, headers, body = reply = exchange.answer()
         moved = status in (301, 302, 307, 308)
@@ -2283,9 +2281,7 @@ class _Unsigned(_S3):
         exchange = begun or self.exchange(fields, switch)
         return self._answer(*self._settled(exchange, self.key, self._query))
 
-    def list_page(
-        self, prefix: str, token: str | None, switch: _Stop | None
-    ) -> tuple[list[_Key], str | None]:
+    def list_page(self, prefix: str, token: str | None, switch: _Stop | None) -> Page:
         query = f"?list-type=2&encoding-type=url&prefix={_quote(prefix, _WORD)}"
         if token:
             query += f"&continuation-token={_quote(token, _WORD)}"
@@ -2455,9 +2451,7 @@ class _Signed(_S3):
             return _Source._answer(self, status, headers, body)
         return self._answer(status, headers, body)
 
-    def list_page(
-        self, prefix: str, token: str | None, switch: _Stop | None
-    ) -> tuple[list[_Key], str | None]:
+    def list_page(self, prefix: str, token: str | None, switch: _Stop | None) -> Page:
         page = self._call(
             "list_objects_v2", Bucket=self.bucket, Prefix=prefix, ContinuationToken=token
         )
