@@ -1635,13 +1635,15 @@ def _timed_out(error: Exception) -> bool:
     return isinstance(error, TimeoutError) or type(error).__name__ == "timeout"  # 3.9's
 
 
-def _wire_error(error: Exception, place: _Place, proxy: _Place | None) -> S3CacheError:
-    """Return the error of ours for what went wrong on a socket: likely cause and next step.
+def _raise_wire(error: Exception, place: _Place, proxy: _Place | None = None) -> NoReturn:
+    """Raise the error of ours for what went wrong on a socket: likely cause and next step.
 
-    It names the proxy whose socket it is, if any.
+    It names the proxy whose socket it is, if any. What is ours or a handler's is raised as it is.
     """
     import socket
 
+    if isinstance(error, S3CacheError) or _is_of_handler(error):
+        raise error
     kind, place = ("proxy ", proxy) if proxy else ("", place)
     where = kind + _address(place.origin, True)
     number = getattr(error, "errno", None)
@@ -1650,30 +1652,26 @@ def _wire_error(error: Exception, place: _Place, proxy: _Place | None) -> S3Cach
     # Ours to solve, not the network's: retrying would only keep the files busy.
     if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
         message = f"Cannot open a connection: {os.strerror(number)}"
-        return CacheError(message, errno=number, hint="Raise `ulimit -n`")
-    hint = "Check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY" if proxy else None
-    make = partial(TransferError, errno=number, hint=hint)
+        raise CacheError(message, errno=number, hint="Raise `ulimit -n`") from None
+    hint, retry = "Check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY" if proxy else None, "soon"
     if isinstance(error, socket.gaierror):
-        retry = "soon" if number == socket.EAI_AGAIN else "once"
+        message = f"Cannot resolve {kind}{place.origin[1]}"
         hint = hint or "Check the name, the endpoint and the network"
-        return make(f"Cannot resolve {kind}{place.origin[1]}", retry=retry, hint=hint)
-    if number == errno.ECONNREFUSED and not proxy:
-        make = partial(make, hint="Check the endpoint, and that its server runs")
-    if _timed_out(error):
-        return make(f"Timed out waiting for {where}", retry="soon", errno=errno.ETIMEDOUT)
-    if type(error).__name__ == "SSLCertVerificationError":
-        hint = "Behind a company proxy, set AWS_CA_BUNDLE or SSL_CERT_FILE to its CA bundle"
+        retry = "soon" if number == socket.EAI_AGAIN else "once"
+    elif _timed_out(error):
+        message, number = f"Timed out waiting for {where}", errno.ETIMEDOUT
+    elif type(error).__name__ == "SSLCertVerificationError":
         reason = getattr(error, "verify_message", "")
-        return make(f"Cannot trust the certificate of {where}: {reason}", hint=hint)
-    reason = os.strerror(number) if number and number > 0 and os.name == "posix" else str(error)
-    return make(f"Connection to {where} failed: {_printable(reason)}", retry="soon")
-
-
-def _raise_wire(error: Exception, place: _Place, proxy: _Place | None = None) -> NoReturn:
-    """Raise the error of ours for a socket's; what is none, as it is."""
-    if isinstance(error, S3CacheError) or _is_of_handler(error):
-        raise error
-    raise _wire_error(error, place, proxy) from None
+        message, retry = f"Cannot trust the certificate of {where}: {reason}", "no"
+        hint = "Behind a company proxy, set AWS_CA_BUNDLE or SSL_CERT_FILE to its CA bundle"
+    else:
+        reason = str(error)
+        if number and number > 0 and os.name == "posix":
+            reason = os.strerror(number)
+        message = f"Connection to {where} failed: {_printable(reason)}"
+        if number == errno.ECONNREFUSED:
+            hint = hint or "Check the endpoint, and that its server runs"
+    raise TransferError(message, errno=number, hint=hint, retry=retry) from None
 
 
 def _tunnel(sock: Socket, place: _Place, proxy: _Place, deadline: float) -> None:
