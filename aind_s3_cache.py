@@ -1717,7 +1717,7 @@ class _Body:
         self.keep = keep and not both and (self.chunked or self.left is not None)
         self.connection: _Connection | None = connection
         self.place = place
-        connection.slow_since, connection.slow_bytes = time.monotonic(), 0
+        connection.slow_bytes = 0
         if self.left == 0:
             self._end()
 
@@ -2085,7 +2085,6 @@ _DIRECTORY_BUCKET = "--x-s3", "--xa-s3"  # how the names of such and of their ac
 class _Source:
     """What all sources have in common."""
 
-    what = "URL"
     kind = "http"
     private = False  # what it brings is for the owner only
     signed = False  # with keys: whoever has none may be told to come with them
@@ -2133,10 +2132,11 @@ class _Source:
             hint = "The key ends in white space: strip the line that it was read from"
         elif status == 511:
             hint = "The network wants a login first (captive portal)"
+        what = "S3 object" if self.kind == "s3" else "URL"
         missing = issubclass(cls, FileNotFoundError)
         text = "not found or inaccessible" if missing else "failed: the server cannot or will not"
         return cls(
-            f"{self.what} {text}",
+            f"{what} {text}",
             uri=self.uri,
             status=status,
             code=code and _printable(code[:80]),
@@ -2189,7 +2189,6 @@ def _endpoint_id(endpoint: str) -> str:
 class _S3(_Source):
     """What unsigned and signed S3 share."""
 
-    what = "S3 object"
     kind = "s3"
 
     def __init__(self, bucket: str, key: str, version: str | None, endpoint: str) -> None:
@@ -2506,7 +2505,7 @@ def _no_local_path(text: str) -> NotFoundError:
 class _File(_Source):
     """A local file, read whole like the others; ``text`` is what a caller called it."""
 
-    what, kind = "Local path", "local"
+    kind = "local"
 
     def __init__(self, path: str, text: str) -> None:
         self.path, self.text, self.uri = path, text, _redact_path(text)
@@ -2907,9 +2906,8 @@ def _digests(source: _Source, answer: _Answer) -> list[tuple[str, bytes]]:
     md5 = (answer.etag or "").strip('"')
     if len(md5) == 32 and _HEX.issuperset(md5) and not _is_sealed(source, headers):
         found.append(("md5", bytes.fromhex(md5)))
-    if answer.status == 206 and not answer.whole:
-        return found
-    if headers.get("x-amz-checksum-type") == "COMPOSITE":
+    in_part = answer.status == 206 and not answer.whole
+    if in_part or headers.get("x-amz-checksum-type") == "COMPOSITE":
         return found
     for field, name in _CHECKSUMS.items():
         value = headers.get(field)
