@@ -3509,6 +3509,7 @@ class _Store:
             _raise_ours(error, directory, len(data))
             raise
         if known:  # but for this, nothing has changed: no need to list it again
+            names = names.copy()  # in the old one another thread looks for an object's place
             insort(names, name)
             _remember(_LISTED, directory, (when, _changed(directory), names))
             if _ADDED.get(directory) != added + 1:  # another thread, too, and what it did is lost

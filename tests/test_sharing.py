@@ -419,6 +419,19 @@ def test_what_another_thread_adds_as_we_add_is_found(
     assert len(store.find(OTHER, False)) == 1
 
 
+def test_what_is_looked_through_does_not_change_as_another_thread_adds(
+    cache: Path, listings: list[str]
+) -> None:
+    """Broken variant: the place of an object moves, and its neighbour's entry is served."""
+    store = s3c._Store(str(cache))
+    add(store, ONE)
+    assert store.find(OTHER, False) == []
+    names = s3c._list_shard(store.shard(ONE))
+    before = names.copy()
+    add(store, OTHER)
+    assert names == before
+
+
 def test_a_shard_from_the_beginning_of_time_is_listed(cache: Path) -> None:
     """As in an image whose files all have the time 0."""
     store = s3c._Store(str(cache))
