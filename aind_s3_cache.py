@@ -1431,23 +1431,32 @@ class _Connection:
 
 
 class _Pool:
-    """Connections that wait for their next request, last in first out, for all threads."""
+    """Connections that wait for their next request, last in first out, for all threads.
+
+    No lock: a signal handler may call us at any step, and would wait for ever or, let in, change
+    the list under our hands.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a signal handler may call us
         self._idle: list[_Connection] = []
         self.open: set[_Connection] = set()
+
+    def _pick(self, connection: _Connection) -> bool:
+        """Take this one out; False if a signal handler or another thread was faster."""
+        try:
+            self._idle.remove(connection)  # in one step, also without an interpreter lock
+        except ValueError:
+            return False
+        return True
 
     def take(self, key: tuple[Any, ...]) -> _Connection | None:
         """Return the connection used last for this key, if it is young enough."""
         now = time.monotonic()
-        with self._lock:
-            for found in reversed(self._idle):
-                if found.key == key:
-                    self._idle.remove(found)
-                    break
-            else:
-                return None
+        for found in self._idle[::-1]:
+            if found.key == key and self._pick(found):
+                break
+        else:
+            return None
         # Servers close idle connections unannounced; an attempt on a dead one costs a round trip.
         # And what came unasked is the end, or an answer to nothing: never the one to what is next.
         try:
@@ -1465,25 +1474,23 @@ class _Pool:
             connection.switch.drop(connection)
             connection.switch = None
         connection.idle_since = time.monotonic()
-        with self._lock:
-            self._idle.append(connection)
-            old = self._idle[0].idle_since < connection.idle_since - _IDLE_SECONDS
-            excess = self._idle.pop(0) if old or len(self._idle) > _IDLE_CONNECTIONS else None
-        if excess:
-            excess.close()
+        self._idle.append(connection)
+        for first in self._idle[:1]:
+            old = first.idle_since < connection.idle_since - _IDLE_SECONDS
+            if (old or len(self._idle) > _IDLE_CONNECTIONS) and self._pick(first):
+                first.close()
 
     def clear(self) -> None:
         """Close what is idle."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+        for connection in self._idle[:]:
+            if self._pick(connection):
+                connection.close()
 
     def after_fork(self) -> None:
         """Close, in the child, every socket of the parent; not shut down: the parent uses them."""
         for connection in self.open:
             connection.sock.close()
-        self._lock, self._idle, self.open = threading.RLock(), [], set()
+        self._idle, self.open = [], set()
 
 
 _POOL = _Pool()
