@@ -5568,22 +5568,33 @@ class _Fetch:
             file.close()
 
 
-def _is_fresh(opt: _Options, validated: float) -> bool:
-    """Tell whether what the server confirmed then may be served without asking now."""
-    return opt.offline or (opt.max_age > 0 and 0 <= time.time() - validated <= opt.max_age)
+def _unasked(
+    source: _Source, opt: _Options, held: Sequence[_Entry], error: TransferError | None = None
+) -> LocalizedResource | None:
+    """Return the newest that is held, if it may be served without an answer; else None.
 
+    That is what is young enough, or offline all; or, after an error, the last copy in its place:
+    where there was no answer, or 429 or 5xx.
+    """
+    if error:
+        stopped = opt.switch is not None and opt.switch.event.is_set()
+        if not opt.stale_if_error or (error.status or 500) < 429 or stopped:
+            return None
+    elif not opt.unasked:
+        return None
+    for entry in held:
+        if not error and not opt.offline:
+            age = time.time() - opt.store.validated(entry)
+            if not 0 <= age <= opt.max_age:
+                return None
+        opt.store.used(entry.path, entry.stamp)
+        if entry.check():  # nobody prunes it from here on
+            if error:
+                import logging  # noqa: F401  the warning is for processes without it, too
 
-def _may_be_stale(opt: _Options, error: TransferError) -> bool:
-    """Tell whether the last copy may stand in for an answer: no answer, 429 or 5xx."""
-    stopped = opt.switch is not None and opt.switch.event.is_set()
-    return opt.stale_if_error and (error.status or 500) >= 429 and not stopped
-
-
-def _warn(text: str, *args: object) -> None:
-    """Log a warning, also in a process that has not imported ``logging`` yet."""
-    import logging  # noqa: F401
-
-    _log(_WARNING, text, *args)
+                _log(_WARNING, "serving a stale copy of %s: %s", source.uri, error)
+            return _held(source, entry, "stale" if error else "fresh")
+    return None
 
 
 # A tree: a listing, the objects it names, and a directory of hard links to them.
@@ -5812,13 +5823,22 @@ def _is_whole_tree(path: str, names: list[str], keys: list[_Key]) -> bool:
     return True
 
 
-def _holds_all(path: str) -> bool:
-    """Tell whether a snapshot still has as many files as its name says, or more."""
-    try:
-        count, _, _ = os.path.basename(path).split("_", 4)[2:]
-        return sum(len(names) for _, _, names in os.walk(path)) >= int(count, 16)
-    except ValueError:
-        return False
+class _Snapshot(_Entry):
+    """A tree that is held, as its name and what lies in it tell."""
+
+    __slots__ = ()
+
+    def __init__(self, path: str) -> None:
+        self.path, self.stamp, self.etag = path, _newest(path), None
+
+    def check(self) -> bool:
+        """Tell whether it still has as many files as its name says, or more."""
+        try:
+            count, size, _ = os.path.basename(self.path).split("_", 4)[2:]
+            self.size = int(size, 16)
+            return sum(len(names) for _, _, names in os.walk(self.path)) >= int(count, 16)
+        except ValueError:  # nor a name of ours
+            return False
 
 
 class _Tree:
@@ -5832,8 +5852,8 @@ class _Tree:
         self.fetched = self.changed = False
         self.lost: NotFoundError | None = None  # what was deleted after it was listed
 
-    def snapshots(self) -> list[tuple[float, str]]:
-        """Return (last validated, path) of the snapshots we hold, newest first."""
+    def snapshots(self) -> list[_Snapshot]:
+        """Return the snapshots that are held, validated last first."""
         if not self.store.exists():
             return []
         private = self.source.private or self.opt.access.anonymous is not True
@@ -5845,36 +5865,12 @@ class _Tree:
                 raise _disk_error(error, self.store.trees) from None
             return []  # the server knows
         held = [p for p in paths if os.path.basename(p).startswith(starts)]
-        held = [path for path in held if os.access(path, os.R_OK)]  # another user's is not
-        stamped = ((_newest(path, _sidecar(path, "v")), path) for path in held)
-        return sorted(stamped, reverse=True)
-
-    def result(self, path: str, status: str) -> LocalizedResource:
-        size = int(os.path.basename(path).split("_", 4)[3], 16)
-        return _result(self.source, path, status, None, size)
-
-    def held(self) -> LocalizedResource | None:
-        """Return what may be served without asking."""
-        for stamp, path in self.snapshots():
-            if _is_fresh(self.opt, stamp) and self.keep(stamp, path):
-                return self.result(path, "fresh")
-        return None
-
-    def keep(self, stamp: float, path: str) -> bool:
-        """Note a snapshot's use, so that nobody prunes it; False if it is not whole."""
-        self.store.used(path, stamp)
-        return _holds_all(path)
-
-    def stale(self, error: TransferError) -> LocalizedResource:
-        """Return the last snapshot where the server fails, or raise the error."""
-        for stamp, path in self.snapshots() if _may_be_stale(self.opt, error) else ():
-            if self.keep(stamp, path):
-                _warn("serving a stale copy of %s: %s", self.source.uri, error)
-                return self.result(path, "stale")
-        raise error
+        # Another user's is not to be read.
+        found = [_Snapshot(path) for path in held if os.access(path, os.R_OK)]
+        return sorted(found, key=self.store.validated, reverse=True)
 
     def localize(self) -> LocalizedResource:
-        found = self.held()
+        found = _unasked(self.source, self.opt, self.snapshots())
         if found:
             return found
         if self.opt.offline:
@@ -5894,7 +5890,10 @@ class _Tree:
                 if found:
                     return found
         except TransferError as error:
-            return self.stale(error)
+            found = _unasked(self.source, self.opt, self.snapshots(), error)
+            if not found:
+                raise
+            return found
         raise self.lost or IntegrityError("The tree keeps changing", uri=self.source.uri)
 
     def snapshot(self, keys: list[_Key]) -> LocalizedResource | None:
@@ -5911,10 +5910,11 @@ class _Tree:
         # Who waits for another thread's finds it whole.
         with _Flight(self.store, self.id, self.opt.switch):
             if self.store.confirm(path) and _is_whole_tree(path, names, keys):
-                return self.result(path, "revalidated")
+                return _result(self.source, path, "revalidated", None, size)
             if not self.assemble(path, names, keys):
                 return None
-        return self.result(path, "downloaded" if self.fetched else "revalidated")
+        status = "downloaded" if self.fetched else "revalidated"
+        return _result(self.source, path, status, None, size)
 
     def assemble(self, path: str, names: list[str], keys: list[_Key]) -> bool:
         """Make the directory that a listing describes; False if that changes meanwhile."""
@@ -6020,21 +6020,9 @@ class _Tree:
             os.rename(aside, path)
 
 
-def _may_be_tree(source: _Source) -> bool:
-    return source.kind == "s3" and not source.version
-
-
-def _unasked(source: _Source, opt: _Options, entries: list[_Entry]) -> LocalizedResource | None:
-    """Return what may be served without a request; None if the server is to be asked."""
-    for entry in entries[:1]:
-        if _is_fresh(opt, opt.store.validated(entry)):
-            opt.store.used(entry.path, entry.stamp)
-            if entry.check():  # nobody prunes it from here on
-                return _held(source, entry, "fresh")
-    found = _Tree(source, opt).held() if not entries and _may_be_tree(source) else None
-    if opt.offline and not found:
-        raise opt.store.missing(_ident(source.place_id), source.uri)
-    return found
+def _held_trees(source: _Source, opt: _Options) -> Sequence[_Entry]:
+    """Return the snapshots of the tree that a key without a slash may mean."""
+    return _Tree(source, opt).snapshots() if source.kind == "s3" and not source.version else []
 
 
 def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedResource:
@@ -6045,9 +6033,11 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
     ident, entries, held = fetch.ident, fetch.entries, fetch.held
     # 2. Offline, or young enough: no request.
     if opt.unasked:
-        found = _unasked(source, opt, entries)
+        found = _unasked(source, opt, entries or _held_trees(source, opt))
         if found:
             return found
+        if opt.offline:
+            raise store.missing(ident, source.uri)
     # 3. Ask; threads that miss together ask one after the other.
     try:
         if held:
@@ -6067,16 +6057,10 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
     except TransferError as error:
         # Private ones, too, as without asking; a peer may have pruned some meanwhile.
         last = store.find(ident, source.private or opt.access.anonymous is not True)
-        if not last and _may_be_tree(source):
-            return _Tree(source, opt).stale(error)
-        if not last or not _may_be_stale(opt, error):
+        found = _unasked(source, opt, last or _held_trees(source, opt), error)
+        if not found:
             raise
-        for entry in last:
-            store.used(entry.path, entry.stamp)
-            if entry.check():  # nobody prunes it from here on
-                _warn("serving a stale copy of %s: %s", source.uri, error)
-                return _held(source, entry, "stale")
-        raise
+        return found
 
 
 def _local(text: str) -> LocalizedResource:
