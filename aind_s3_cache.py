@@ -6085,17 +6085,6 @@ def _look_at(text: str, opt: _Options) -> _Fetch | None:
     return look if look.ask_ahead() else None
 
 
-def _object(target: _Target, opt: _Options, look: _Fetch | None) -> LocalizedResource:
-    """Localize a single object, in its turn."""
-    entered = False
-    try:
-        entered = _TURN.enter()
-        made = look.source if look else None
-        return opt.access.attempt(target, opt.version, partial(_cached, opt, look), made)
-    finally:
-        _TURN.exit(entered)
-
-
 def _localize_any(text: str, opt: _Options, look: _Fetch | None) -> LocalizedResource:
     """Localize one resource of any kind; ``look`` was taken before its turn, if there is one."""
     target = _target(text)
@@ -6107,12 +6096,17 @@ def _localize_any(text: str, opt: _Options, look: _Fetch | None) -> LocalizedRes
     _import_early()
     missing: NotFoundError | None = None
     if not is_tree:
+        entered = False
         try:
-            return _object(target, opt, look)
+            entered = _TURN.enter()
+            made = look.source if look else None
+            return opt.access.attempt(target, opt.version, partial(_cached, opt, look), made)
         except NotFoundError as error:
             if error.code != "NoSuchKey" or opt.version is not None:
                 raise
             missing = error
+        finally:
+            _TURN.exit(entered)
     try:
         return opt.access.attempt(target, None, lambda source: _Tree(source, opt).localize())
     except (NotFoundError, AccessDeniedError) as error:
