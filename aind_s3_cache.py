@@ -5344,9 +5344,12 @@ class _Fetch:
             self.held = [entry for entry in self.entries if not entry.private]
         self.tally = _SILENT if opt.meter is _SILENT else _Tally(opt.meter)
 
-    def is_old(self) -> bool:
-        """Tell whether another thread may have added the object since we looked."""
-        return self.added != _ADDED.get(self.shard)
+    def renew(self, awaited: bool = False) -> bool:
+        """Look again if others may have added the object since; False if there is no need."""
+        old = awaited or self.added != _ADDED.get(self.shard)
+        if old:
+            self.held = self.store.find(self.ident, self.source.private)
+        return old
 
     def _first(self, newest: _Entry | None) -> Fields:
         """Return what to ask for first: a range, unless the object is still what we hold."""
@@ -5386,15 +5389,15 @@ class _Fetch:
             self.asked = False
             _ASKED.discard(self.key)
 
-    def run(self, held: list[_Entry]) -> LocalizedResource:
+    def run(self) -> LocalizedResource:
         """Ask, with what we hold as the condition, until the answer is one to keep."""
         self.patience, changes = _Patience(self.opt.switch), 0
         while True:
             try:
-                found = self._once(held)
+                found = self._once()
                 if found:
                     return found
-                held = []  # gone since we looked: ask without a condition
+                self.held = []  # gone since we looked: ask without a condition
             except _Changed:
                 changes += 1
                 if changes > _CHANGES:
@@ -5411,10 +5414,10 @@ class _Fetch:
                 self.patience.after(error)
             self.tally.undo()
 
-    def _once(self, held: list[_Entry]) -> LocalizedResource | None:
+    def _once(self) -> LocalizedResource | None:
         """Ask once and do what the answer says; None if what we held is gone."""
+        held, begun = self.held, None
         newest = held[0] if held and not self.plain else None
-        begun: _Exchange | None = None
         if self.plain:
             fields: Fields = {}
         elif self.begun and newest is self.newest:  # else it was asked on another condition
@@ -5428,8 +5431,9 @@ class _Fetch:
             verdict = _judge(answer, sent, same is not None, self.opt.asked)
             if verdict == "unchanged":
                 entry = same or newest
-                kept = entry is not None and self.store.confirm(entry.path)
-                return _held(self.source, entry, "revalidated") if entry and kept else None
+                if entry and self.store.confirm(entry.path):
+                    return _held(self.source, entry, "revalidated")
+                return None
             if verdict != "again":
                 return self._bring(verdict, answer)
             if not self.plain:
@@ -5988,12 +5992,10 @@ class _Tree:
             if entry:
                 return entry.path
             with _Flight(self.store, look.ident, opt.switch):
-                if look.is_old():  # what another tree fetches is seen
-                    look.held = self.store.find(look.ident, look.source.private)
-                    entry = self.entry(key, look)
-                    if entry:
-                        return entry.path
-                found = look.run([])
+                entry = self.entry(key, look) if look.renew() else None
+                if entry:  # another tree has fetched it
+                    return entry.path
+                found = look.run()
         except NotFoundError as error:
             self.lost = error
             raise _Changed from None
@@ -6030,33 +6032,31 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
     store = opt.store
     # 1. What we hold.
     fetch = look if look and look.source is source else _Fetch(source, opt)
-    ident, entries, held = fetch.ident, fetch.entries, fetch.held
     # 2. Offline, or young enough: no request.
     if opt.unasked:
-        found = _unasked(source, opt, entries or _held_trees(source, opt))
+        found = _unasked(source, opt, fetch.entries or _held_trees(source, opt))
         if found:
             return found
         if opt.offline:
-            raise store.missing(ident, source.uri)
+            raise store.missing(fetch.ident, source.uri)
     # 3. Ask; threads that miss together ask one after the other.
     try:
-        if held:
-            return fetch.run(held)
+        if fetch.held:
+            return fetch.run()
         # Not where a client of boto3 asks: the next caller's may be set up otherwise.
-        with _Flight(store, ident, opt.switch, not source.signed):
-            awaited = store.recently_partial() and store.pulse(ident) > 0
+        with _Flight(store, fetch.ident, opt.switch, not source.signed):
+            awaited = store.recently_partial() and store.pulse(fetch.ident) > 0
             if awaited:
-                lock = _Lock(store, ident)
+                lock = _Lock(store, fetch.ident)
                 try:
-                    _await_peer(store, ident, lock, lambda: None, opt.switch)
+                    _await_peer(store, fetch.ident, lock, lambda: None, opt.switch)
                 finally:
                     lock.release()
-            if awaited or fetch.is_old():
-                held = store.find(ident, source.private)
-            return fetch.run(held)
+            fetch.renew(awaited)
+            return fetch.run()
     except TransferError as error:
         # Private ones, too, as without asking; a peer may have pruned some meanwhile.
-        last = store.find(ident, source.private or opt.access.anonymous is not True)
+        last = store.find(fetch.ident, source.private or opt.access.anonymous is not True)
         found = _unasked(source, opt, last or _held_trees(source, opt), error)
         if not found:
             raise
