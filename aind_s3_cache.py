@@ -5112,7 +5112,7 @@ class _Behind:
 
     def __init__(self, file: _Partial, name: str) -> None:
         self._file, self._hash, self._stop = file, _hasher(name), False
-        self._error: OSError | None = None
+        self._next = 0  # chunk
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -5125,30 +5125,26 @@ class _Behind:
     def _run(self) -> None:
         try:
             self._follow()
-        except OSError as error:  # for whoever asks: a thread's own traceback helps nobody
-            self._error = error
+        except OSError:  # whoever asks for the digest meets it again
+            pass
         finally:
             self._file.release()
 
     def _follow(self) -> None:
-        index = 0
-        while index < self._file.count and not self._stop:
-            if self._file.state[index] != 2:
+        while self._next < self._file.count and not self._stop:
+            if self._file.state[self._next] != 2:
                 time.sleep(0.005)
                 continue
-            start, stop = self._file.chunk(index)
+            start, stop = self._file.chunk(self._next)
             self._hash.update(_read_at(self._file.fd, start, stop - start))
-            index += 1
+            self._next += 1
 
     def digest(self) -> bytes:
         """Return the digest of the whole file, which is complete by now."""
+        if self._thread:
+            self._thread.join()
         with _Disk(self._file.path):
-            if self._thread is None:
-                self._follow()
-            else:
-                self._thread.join()
-            if self._error:
-                raise self._error
+            self._follow()  # what a thread has left to us, if there is one
         return bytes(self._hash.digest())
 
     def close(self) -> None:
@@ -5203,14 +5199,11 @@ class _Download:
             while True:
                 with self.file.lock:
                     first, self.first = self.first, None
-                if first:
-                    self._fetch(first, 0, first.stop or self.total, buffer, patience)
-                    continue
-                run = self.file.take(self.span())
+                run = (0, first.stop or self.total) if first else self.file.take(self.span())
                 if run is None:
                     return
                 self.switch.check()
-                self._fetch(None, *run, buffer, patience)
+                self._fetch(first, *run, buffer, patience)
         finally:
             self.file.release()
 
