@@ -5447,7 +5447,9 @@ class _Fetch:
                 path = self._stream(answer)
             else:
                 path, shared = self._large(answer)
-                status = "revalidated" if shared else status
+                if shared:  # what came of it is thrown away
+                    status = "revalidated"
+                    self.tally.undo()
         _QUOTA.give()
         size = _Entry(path).size if answer.total is None else answer.total
         _log(_INFO, "%s %s: %d bytes", status, self.source.uri, size)

@@ -727,3 +727,23 @@ def test_a_peers_entry_that_goes_again_is_not_taken_for_what_we_brought(
     found = get(uri, progress=slow_terminal(time.monotonic()), max_concurrency=2)
     server.rate = None
     assert found.path.read_bytes() == DATA[: 12 * MiB]
+
+
+def test_bytes_that_a_faster_peer_spares_us_are_counted_back(
+    server: Server, publish: Publish, get: Get, cache: Path, tmp_path: Path
+) -> None:
+    uri, server.rate = publish(DATA[: 12 * MiB]), 4 * MiB
+    with pytest.raises(KeyboardInterrupt):  # so that there are others to look for
+        get(uri, progress=interrupt_at(2 * MiB))
+    twin = s3c.get_local_path_for_resource(uri, cache_dir=tmp_path / "twin").path
+    counts: list[int] = []
+
+    def progress(size: int) -> None:
+        if not counts:
+            entry = cache / twin.relative_to(tmp_path / "twin")
+            entry.parent.mkdir(parents=True)
+            shutil.copy(twin, entry)
+        counts.append(size)
+
+    assert get(uri, progress=progress).status == "revalidated"
+    assert counts[0] > 0 == sum(counts)
