@@ -240,6 +240,14 @@ def test_zeros_behind_gzip_are_padding(publish: Publish) -> None:
     assert s3c.get_json(publish(data, headers={"Content-Encoding": "gzip"})) == DOCUMENT
 
 
+def test_a_sea_of_zeros_behind_gzip_takes_no_more_than_its_time(tmp_path: Path) -> None:
+    path = tmp_path / "sea.json.gz"
+    path.write_bytes(gzip.compress(TEXT.encode()) + bytes(80 << 20))
+    before = time.process_time()
+    assert s3c.get_json(path) == DOCUMENT
+    assert time.process_time() - before < 4  # over 6 s if each is looked at by itself
+
+
 @pytest.mark.parametrize(
     ("coding", "data", "says"),
     [
