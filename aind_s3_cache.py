@@ -1185,26 +1185,30 @@ class _Turn:
         try:
             while not gate.acquire(timeout=_TURN_WAIT):
                 with self._mutex:
-                    if gate not in self._waiters:  # given at this very moment
-                        break
                     now = time.monotonic()
                     gone = self._kept and now - self._kept_since > _TURN_GAP
                     if gone or self._moves == moves:
-                        self._waiters.remove(gate)
-                        self._taken, self._kept, self._moves = True, 0, self._moves + 1
-                        if gone:
-                            self._doubt = now + _TURN_DOUBT
+                        if self._withdraw(gate):
+                            self._taken, self._kept, self._moves = True, 0, self._moves + 1
+                            if gone:
+                                self._doubt = now + _TURN_DOUBT
                         break
                     moves = self._moves
         except BaseException:  # Ctrl-C: nobody may hand the turn to a thread that is gone
             with self._mutex:
-                waits = gate in self._waiters
-                if waits:
-                    self._waiters.remove(gate)
+                waits = self._withdraw(gate)
             if not waits:
                 self._give()
             raise
         here.since = time.monotonic()
+
+    def _withdraw(self, gate: threading.Lock) -> bool:
+        """Leave the queue; False if the turn was given at this very moment, as by a handler."""
+        try:
+            self._waiters.remove(gate)
+        except ValueError:
+            return False
+        return True
 
     def _give(self) -> None:
         """Pass the turn on."""

@@ -257,6 +257,25 @@ def test_a_thread_that_keeps_its_turn_and_does_not_come_back_holds_nobody_up(
     assert not other.is_alive()
 
 
+def test_a_turn_that_a_signal_handler_hands_on_as_it_is_taken_over_is_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Broken variant: who waits looks whether it still does, and leaves the queue a step later."""
+
+    class Waiters(list[Any]):
+        def remove(self, gate: Any) -> None:
+            turn._give()  # what a handler's call may come to at this very step
+            super().remove(gate)
+
+    monkeypatch.setattr(s3c, "_TURN_WAIT", 0.01)
+    turn = s3c._Turn()
+    turn._waiters = Waiters()
+    at_once(1, turn.enter)  # and never comes back
+    assert turn.enter()
+    turn.exit(True)
+    assert not turn._taken
+
+
 def test_a_call_of_progress_that_fails_leaves_the_call_around_it_its_place(
     publish: Publish, get: Get
 ) -> None:
