@@ -3221,8 +3221,8 @@ def _list_shard(directory: str) -> list[str]:
     try:
         # One listing finds all versions; an index file would be one more thing to tear.
         names = [] if changed is None else sorted(os.listdir(directory))
-    except OSError:
-        names = []
+    except OSError:  # such as too many open files: the next call may list it
+        return []
     _remember(_LISTED, directory, (now, changed, names))
     # Of a very large cache, more than it is worth; or a thread of ours added, in that same tick.
     if len(names) > _SHARD_LIMIT or _ADDED.get(directory) != added:

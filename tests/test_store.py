@@ -488,6 +488,27 @@ def test_too_few_file_descriptors(
     assert not [path for path in files(cache) if path.name[0] == "." or path.suffix == ".log"]
 
 
+NO_LISTING = """
+import SUBJECT as s3c, os, resource, sys
+get = lambda: s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2], offline=True)
+os.utime(get().path.parent)  # as if another process had added something: it is listed again
+used = os.dup(0)
+for limit in (used, used + 9):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 4096))
+    try: print(get().status)
+    except s3c.CacheError as error: print(error.errno)
+"""
+
+
+@posix
+def test_what_could_not_be_listed_for_once_is_not_taken_for_empty(
+    publish: Publish, get: Get, run_python: Run, cache: Path
+) -> None:
+    uri = publish(b"data")
+    get(uri)
+    assert run_python(NO_LISTING, uri, cache).stdout.split() == [str(errno.EMFILE), "fresh"]
+
+
 @posix
 @pytest.mark.root
 @pytest.mark.parametrize("size", SIZES)
