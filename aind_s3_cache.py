@@ -2542,7 +2542,7 @@ class _File(_Source):
         return _Answer(200, headers, _FileBody(file, self.unreadable))
 
 
-_CLIENT_LOCK = threading.Lock()
+_CLIENT_LOCK = threading.RLock()  # a signal handler may call us
 _NO_CREDENTIALS: dict[tuple[tuple[str, str], ...], float] = {}
 
 
@@ -5012,7 +5012,7 @@ def _after_fork() -> None:
     global _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS, _TURN
     _POOL.after_fork()
     _TURN = _Turn()
-    _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.RLock(), threading.Lock(), threading.RLock()
+    _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.RLock(), threading.RLock(), threading.RLock()
     _FLIGHTS.clear()
     _ASKED.clear()
     _CLIENTS.clear()

@@ -328,6 +328,33 @@ def test_a_signal_handler_may_call_us_at_any_moment(
     assert run_python(HANDLER, *uris, cache).stdout == "True\n"
 
 
+SIGNED = """
+import sys, SUBJECT as s3c, signal
+get = lambda: s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2], anonymous=False)
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "boto3.session":
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGUSR1)
+def handler(*_):
+    try: get()
+    except s3c.S3CacheError: pass  # half of a boto3 is none
+signal.signal(signal.SIGUSR1, handler)
+sys.meta_path.insert(0, Finder())
+print(get().status)
+"""
+
+
+@posix
+@pytest.mark.boto3
+def test_a_signal_handler_may_call_us_while_boto3_is_set_up(
+    publish: Publish, cache: Path, run_python: Run
+) -> None:
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    done = run_python(SIGNED, publish(b"data"), cache, env=keys)
+    assert done.stdout == "downloaded\n"
+
+
 PEER = """
 import sys, SUBJECT as s3c
 print(s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2]).status)
