@@ -3209,14 +3209,15 @@ def _changed(directory: str) -> int | None:
         return None
 
 
-def _list_shard(directory: str) -> list[str]:
+def _list_shard(directory: str, anew: bool = False) -> list[str]:
     """Return the names in a shard, in order: as it was listed within a second, if unchanged since.
 
-    What others add within one tick of the file system's clock after that is not seen until then.
+    What others add within one tick of the file system's clock after that, or while we add, is not
+    seen until then, unless it is listed anew.
     """
     now, added, changed = time.monotonic(), _ADDED.get(directory), _changed(directory)
     when, then, names = _LISTED.get(directory, _NEVER)
-    if changed == then and now - when < _GLANCE:
+    if changed == then and now - when < _GLANCE and not anew:
         return names
     try:
         # One listing finds all versions; an index file would be one more thing to tear.
@@ -3444,14 +3445,17 @@ class _Store:
     def shard(self, ident: str) -> str:
         return self.objects + os.sep + ident[:2]
 
-    def find(self, ident: str, private: bool) -> list[_Entry]:
-        """Return the whole entries of an object, validated last first."""
+    def find(self, ident: str, private: bool, anew: bool = False) -> list[_Entry]:
+        """Return the whole entries of an object, validated last first.
+
+        To be looked for anew where no server makes up for one that is missed.
+        """
         # The root is looked at where others could plant it; else the listing tells if it is there.
         seen = _SAFE_ROOTS.get(self.root, -_GLANCE)
         if time.monotonic() - seen >= _GLANCE and not self.exists():
             return []
         directory = self.shard(ident)
-        names = _list_shard(directory)
+        names = _list_shard(directory, anew)
         # Ordered, and each begins with its object and "_", which "`" comes after.
         good = []
         for name in names[bisect_left(names, ident + "_") : bisect_left(names, ident + "`")]:
@@ -4503,7 +4507,7 @@ def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
     store = _Store(_cache_dir(None))
     source = next(access.sources(target, None))
     ident = _ident(source.place_id)
-    for entry in store.find(ident, access.anonymous is not True):
+    for entry in store.find(ident, access.anonymous is not True, True):
         file = _File(entry.path, target.text)
         file.uri = source.uri
         try:
@@ -5337,7 +5341,7 @@ class _Fetch:
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
         every = source.private or opt.access.anonymous is not True
-        self.entries = self.held = opt.store.find(ident, every)
+        self.entries = self.held = opt.store.find(ident, every, opt.offline)
         if self.entries and not source.private:
             self.held = [entry for entry in self.entries if not entry.private]
         self.tally = _SILENT if opt.meter is _SILENT else _Tally(opt.meter)
@@ -6056,7 +6060,7 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
             return fetch.run()
     except TransferError as error:
         # Private ones, too, as without asking; a peer may have pruned some meanwhile.
-        last = store.find(fetch.ident, source.private or opt.access.anonymous is not True)
+        last = store.find(fetch.ident, source.private or opt.access.anonymous is not True, True)
         found = _unasked(source, opt, last or _held_trees(source, opt), error)
         if not found:
             raise

@@ -166,8 +166,8 @@ def test_who_looked_before_another_thread_was_done_looks_again(
     others: list[Any] = []
     uri, list_shard = publish(blob(size)), s3c._list_shard
 
-    def slow(directory: str) -> list[str]:  # as on a network file system
-        names = list(list_shard(directory))
+    def slow(*args: Any) -> list[str]:  # as on a network file system
+        names = list(list_shard(*args))
         if not others:
             others.append(None)
             others.extend(at_once(1, lambda: get(uri)))
@@ -473,6 +473,25 @@ def test_what_another_thread_adds_as_we_add_is_found(
     monkeypatch.setattr(s3c, "_publish", publish_and_pause)
     add(store, SHARD + "2" * 18)
     assert len(store.find(OTHER, False)) == 1
+
+
+def test_what_another_process_adds_as_we_add_is_found_offline(
+    publish: Publish, get: Get, cache: Path, listings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken variant: what we added is all that changed meanwhile."""
+    store, publish_ours = s3c._Store(str(cache)), s3c._publish
+    uri = publish(b"data")
+    path = get(uri).path
+    aside = path.rename(cache / "aside")
+    assert store.find(path.name[:20], False) == []
+
+    def publish_both(*args: Any) -> Any:
+        aside.rename(path)
+        return publish_ours(*args)
+
+    monkeypatch.setattr(s3c, "_publish", publish_both)
+    add(store, path.name[:2] + "0" * 18)
+    assert get(uri, offline=True).status == "fresh"
 
 
 def test_what_is_looked_through_does_not_change_as_another_thread_adds(
