@@ -410,7 +410,7 @@ def _rebuild(cls: type[S3CacheError], state: dict[str, Any]) -> S3CacheError:
 def _human(size: float) -> str:
     """Return a size for people, in decimal units as disks are sold."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(size) < 1000 or unit == "TB":
+        if abs(size) < 999.5 or unit == "TB":  # what would be shown as 1000 is one of the next
             break
         size /= 1000
     return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"

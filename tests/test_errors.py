@@ -94,6 +94,14 @@ def test_errors_with_a_builtin_name_have_its_errno(name: str, number: int) -> No
 
 
 @pytest.mark.parametrize(
+    ("size", "text"),
+    [(999, "999 B"), (1000, "1.0 kB"), (999_499, "999.5 kB"), (999_999_999, "1.0 GB")],
+)
+def test_a_size_has_three_digits_before_its_point_at_most(size: int, text: str) -> None:
+    assert s3c._human(size) == text
+
+
+@pytest.mark.parametrize(
     ("fields", "code", "status"),
     [
         ({"status": 404, "code": "NoSuchKey"}, "NoSuchKey", 404),
