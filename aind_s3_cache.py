@@ -1145,6 +1145,15 @@ class _Stop:
             what.stop()
 
 
+def _take_out(items: list[T], item: T) -> bool:
+    """Remove an item from a list; False if a signal handler or another thread was faster."""
+    try:
+        items.remove(item)  # in one step, also without an interpreter lock
+    except ValueError:
+        return False
+    return True
+
+
 class _Here(threading.local):
     """What a thread knows of its turn: is it within one, has it, and came it back at once."""
 
@@ -1188,7 +1197,7 @@ class _Turn:
                     now = time.monotonic()
                     gone = self._kept and now - self._kept_since > _TURN_GAP
                     if gone or self._moves == moves:
-                        if self._withdraw(gate):
+                        if _take_out(self._waiters, gate):  # else it was given this very moment
                             self._taken, self._kept, self._moves = True, 0, self._moves + 1
                             if gone:
                                 self._doubt = now + _TURN_DOUBT
@@ -1196,19 +1205,11 @@ class _Turn:
                     moves = self._moves
         except BaseException:  # Ctrl-C: nobody may hand the turn to a thread that is gone
             with self._mutex:
-                waits = self._withdraw(gate)
+                waits = _take_out(self._waiters, gate)
             if not waits:
                 self._give()
             raise
         here.since = time.monotonic()
-
-    def _withdraw(self, gate: threading.Lock) -> bool:
-        """Leave the queue; False if the turn was given at this very moment, as by a handler."""
-        try:
-            self._waiters.remove(gate)
-        except ValueError:
-            return False
-        return True
 
     def _give(self) -> None:
         """Pass the turn on."""
@@ -1445,19 +1446,11 @@ class _Pool:
         self._idle: list[_Connection] = []
         self.open: set[_Connection] = set()
 
-    def _pick(self, connection: _Connection) -> bool:
-        """Take this one out; False if a signal handler or another thread was faster."""
-        try:
-            self._idle.remove(connection)  # in one step, also without an interpreter lock
-        except ValueError:
-            return False
-        return True
-
     def take(self, key: tuple[Any, ...]) -> _Connection | None:
         """Return the connection used last for this key, if it is young enough."""
         now = time.monotonic()
         for found in self._idle[::-1]:
-            if found.key == key and self._pick(found):
+            if found.key == key and _take_out(self._idle, found):
                 break
         else:
             return None
@@ -1481,13 +1474,13 @@ class _Pool:
         self._idle.append(connection)
         for first in self._idle[:1]:
             old = first.idle_since < connection.idle_since - _IDLE_SECONDS
-            if (old or len(self._idle) > _IDLE_CONNECTIONS) and self._pick(first):
+            if (old or len(self._idle) > _IDLE_CONNECTIONS) and _take_out(self._idle, first):
                 first.close()
 
     def clear(self) -> None:
         """Close what is idle."""
         for connection in self._idle[:]:
-            if self._pick(connection):
+            if _take_out(self._idle, connection):
                 connection.close()
 
     def after_fork(self) -> None:
