@@ -4500,7 +4500,7 @@ def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
     store = _Store(_cache_dir(None))
     source = next(access.sources(target, None))
     ident = _ident(source.place_id)
-    for entry in store.find(ident, access.anonymous is not True, True):
+    for entry in store.find(ident, access.anonymous is not True, anew=True):
         file = _File(entry.path, target.text)
         file.uri = source.uri
         try:
@@ -5333,8 +5333,8 @@ class _Fetch:
         self.added = _ADDED.get(self.shard)
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
-        every = source.private or opt.access.anonymous is not True
-        self.entries = self.held = opt.store.find(ident, every, opt.offline)
+        self.every = source.private or opt.access.anonymous is not True
+        self.entries = self.held = opt.store.find(ident, self.every, anew=opt.offline)
         if self.entries and not source.private:
             self.held = [entry for entry in self.entries if not entry.private]
         self.tally = _SILENT if opt.meter is _SILENT else _Tally(opt.meter)
@@ -5569,20 +5569,20 @@ class _Fetch:
             file.close()
 
 
+def _may_be_stale(opt: _Options, error: TransferError) -> bool:
+    """Tell whether the last copy may stand in for an answer: no answer, 429 or 5xx."""
+    stopped = opt.switch is not None and opt.switch.event.is_set()
+    return opt.stale_if_error and (error.status or 500) >= 429 and not stopped
+
+
 def _unasked(
     source: _Source, opt: _Options, held: Sequence[_Entry], error: TransferError | None = None
 ) -> LocalizedResource | None:
     """Return the newest that is held, if it may be served without an answer; else None.
 
-    That is what is young enough, or offline all; or, after an error, the last copy in its place:
-    where there was no answer, or 429 or 5xx.
+    That is what is young enough, or offline all; after an error, for which the last copy may stand
+    in, all as well.
     """
-    if error:
-        stopped = opt.switch is not None and opt.switch.event.is_set()
-        if not opt.stale_if_error or (error.status or 500) < 429 or stopped:
-            return None
-    elif not opt.unasked:
-        return None
     for entry in held:
         if not error and not opt.offline:
             age = time.time() - opt.store.validated(entry)
@@ -5871,7 +5871,8 @@ class _Tree:
         return sorted(found, key=self.store.validated, reverse=True)
 
     def localize(self) -> LocalizedResource:
-        found = _unasked(self.source, self.opt, self.snapshots())
+        held = self.snapshots()  # in any case: that refuses a root that others may have planted
+        found = _unasked(self.source, self.opt, held) if self.opt.unasked else None
         if found:
             return found
         if self.opt.offline:
@@ -5891,7 +5892,8 @@ class _Tree:
                 if found:
                     return found
         except TransferError as error:
-            found = _unasked(self.source, self.opt, self.snapshots(), error)
+            last = self.snapshots() if _may_be_stale(self.opt, error) else []
+            found = _unasked(self.source, self.opt, last, error)
             if not found:
                 raise
             return found
@@ -6052,8 +6054,10 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
             fetch.renew(awaited)
             return fetch.run()
     except TransferError as error:
+        if not _may_be_stale(opt, error):
+            raise
         # Private ones, too, as without asking; a peer may have pruned some meanwhile.
-        last = store.find(fetch.ident, source.private or opt.access.anonymous is not True, True)
+        last = store.find(fetch.ident, fetch.every, anew=True)
         found = _unasked(source, opt, last or _held_trees(source, opt), error)
         if not found:
             raise
