@@ -292,11 +292,9 @@ class S3CacheError(Exception):
         code: str | None = None,
         **_: object,
     ) -> E:
-        mixed: Any = cls
+        ours: Any = cls
         foreign: Any = cls._also(status, code)
-        if foreign:
-            mixed = _mixed(mixed, foreign)
-        made: E = super().__new__(mixed, message)
+        made: E = super().__new__(_mixed(ours, foreign) if foreign else ours, message)
         return made
 
     def __init__(
