@@ -6118,14 +6118,11 @@ def _localize(text: str, opt: _Options, look: _Fetch | None = None) -> Localized
     nested = _TURN.here.inside
     try:
         return _localize_any(text, opt, look)
-    except S3CacheError as error:
-        error.uri = error.uri or _redact(text)
-        raise
-    except _Theirs:
-        raise
     except BaseException as error:
         if not nested:  # else it is the call around this one that has them
             _let_go()
+        if isinstance(error, S3CacheError):  # ours, too, may be of a handler that called us
+            error.uri = error.uri or _redact(text)
         _unmask(error)
         raise
 
