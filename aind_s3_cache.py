@@ -4918,7 +4918,7 @@ def _pass_on(key: tuple[str, str], seat: _Seat) -> None:
     if seat.waiting and seat.changed:
         seat.changed.notify()
     else:
-        del _FLIGHTS[key]
+        _FLIGHTS.pop(key, None)  # a signal handler may just have called us for the same
 
 
 class _Flight:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, Callable
 
 import pytest
@@ -326,6 +327,25 @@ def test_a_signal_handler_may_call_us_at_any_moment(
     server.before = before
     uris = publish(b"data"), publish(b"other", key=other)
     assert run_python(HANDLER, *uris, cache).stdout == "True\n"
+
+
+def test_a_signal_handler_may_ask_for_the_same_missing_object_as_a_call_ends(
+    server: Server, get: Get
+) -> None:
+    """Broken variant: its seat is taken away twice, and the second time is a KeyError."""
+
+    def ask() -> None:
+        with pytest.raises(s3c.NotFoundError):
+            get("s3://bucket/missing")
+
+    def trace(frame: FrameType, event: str, _: object) -> None:
+        if event == "c_return" and frame.f_code.co_name == "_pass_on":
+            sys.setprofile(None)  # where Python looks for a signal, one has come
+            ask()
+
+    sys.setprofile(trace)
+    ask()
+    assert not sys.getprofile()
 
 
 SIGNED = """
