@@ -5942,7 +5942,7 @@ class _Tree:
 
     def fill(self, aside: str, names: list[str], keys: list[_Key]) -> None:
         """Link every file into the directory, fetching what we do not hold."""
-        self.changed = False
+        self.changed, self.lost = False, None  # of this listing
         with _Disk(aside):
             for folder in sorted(_folders(names)):
                 # Not makedirs: it would make the tree itself anew.

@@ -670,6 +670,22 @@ def test_a_file_deleted_after_the_listing_is_no_part(
     assert contents(get().path) == {name: FILES[name] for name in FILES if name != "0/1"}
 
 
+def test_a_tree_that_lost_a_file_and_then_keeps_changing_says_the_latter(
+    server: Server, put_tree: Get, get: Get
+) -> None:
+    put_tree({"lost": b"x", "new": b"0"})
+
+    def change(request: Any) -> None:
+        if request.path.endswith("/lost"):
+            server.delete(BUCKET, "data.zarr/lost")
+        else:
+            put_tree({"new": b"%d" % len(server.seen)})
+
+    server.before = change
+    with pytest.raises(s3c.IntegrityError, match="The tree keeps changing"):
+        get()
+
+
 @pytest.mark.parametrize("options", [{}, {"max_age": 60}, {"offline": True}])
 def test_a_tree_tells_its_size_however_it_is_served(
     put_tree: Get, get: Get, options: dict[str, Any]
