@@ -1975,13 +1975,18 @@ class _Exchange:
 
 def _redirected(place: _Place, location: str) -> _Place:
     """Return where a redirect leads, or refuse it: http(s) only, and never from https to http."""
-    from urllib.parse import urljoin
+    from urllib.parse import urljoin, urlsplit
 
     scheme = place.origin[0]
     base = f"{scheme}://{_address(place.origin)}{place.target}"
     location = location.encode("latin-1").decode("utf-8", "replace")
     try:
-        new = _place(urljoin(base, location))
+        parts = urlsplit(location)
+        where = location
+        if not parts.scheme and parts.path and parts.path[0] != "/":
+            # From a relative path `urljoin` makes one "/" of two; "/." keeps a first "//" a path.
+            where = f"/.{place.target.partition('?')[0].rpartition('/')[0]}/{location}"
+        new = _place(urljoin(base, where))
     except ValueError:
         raise TransferError(f"Refused a redirect to {_redact_bad(location)}") from None
     if (scheme, new.origin[0]) == ("https", "http"):

@@ -71,6 +71,24 @@ def test_where_a_location_leads(location: str, target: str, server: Server, get:
     assert server.seen[1].target == target
 
 
+@pytest.mark.parametrize(
+    ("start", "location", "target"),
+    [
+        ("/dir//a", "c", "/dir//c"),
+        ("/dir/a", "c//d?e=//f:g", "/dir/c//d?e=//f:g"),
+        ("//dir/a", "c", "//dir/c"),
+        ("/dir//sub/a?b=c/d", "../e", "/dir//e"),
+    ],
+)
+def test_two_slashes_stay_two_where_a_relative_location_leads(
+    start: str, location: str, target: str, server: Server, get: Get
+) -> None:
+    server.redirect(start.partition("?")[0], location)
+    server.before = lambda r: (200, b"data", {"ETag": '"e"'}) if r.target != start else None
+    get(f"{server.url}{start}")
+    assert server.seen[1].target == target
+
+
 def chain(server: Server, hops: int) -> str:
     for hop in range(hops):
         server.redirect(f"/{hop}", f"/{hop + 1}")
