@@ -866,8 +866,8 @@ def _field(line: str) -> tuple[str, str]:
     """Return a header's name in lower case, "" if it has none, and its value."""
     name, colon, value = line.partition(":")
     # No folded lines, no space before the colon (RFC 9112, 5.1 and 5.2); and a lone CR, LF or NUL
-    # in a value would smuggle headers when we send an ETag back.
-    whole = colon and name == name.strip() and _clean(value)
+    # would end a line for some, and smuggle headers when we send an ETag back.
+    whole = colon and name == name.strip() and _clean(line)
     return (name.lower(), value.strip(" \t")) if whole else ("", "")
 
 
@@ -887,7 +887,7 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     first, *lines = head.decode("latin-1").split("\r\n")
     version, code, after, reason = first[:9], first[9:12], first[12:13], first[13:]
     whole = version in ("HTTP/1.1 ", "HTTP/1.0 ") and after in ("", " ") and _clean(reason)
-    if not whole or not code.isascii() or not code.isdigit() or len(code) < 3 or code == "000":
+    if not whole or not code.isascii() or not code.isdigit() or len(code) < 3 or code < "100":
         raise TransferError("Malformed answer: not HTTP/1.x", retry="soon")
     headers: dict[str, str] = {}
     for line in lines:
@@ -1712,7 +1712,8 @@ class _Body:
                 raise TransferError(f"Malformed answer: Transfer-Encoding {text!r}")
             self.left, self.chunked = None, True
         says = headers.get("connection", "").lower()
-        keep = "close" not in says if new else "keep-alive" in says
+        # Chunks are not of HTTP/1.0: somebody between us may have framed them anew (RFC 9112, 6.1).
+        keep = "close" not in says if new else "keep-alive" in says and coding is None
         # Both lengths at once are how requests are smuggled: chunks win, the connection goes
         # (RFC 9112, 6.1).
         both = coding is not None and headers.pop("content-length", None) is not None

@@ -1228,6 +1228,14 @@ def test_a_length_beside_chunks_ends_the_connection(server: Server, get: Get) ->
     assert server.connections == 2
 
 
+def test_chunks_under_http_1_0_end_the_connection(server: Server, get: Get) -> None:
+    old = head("Connection: keep-alive", "Transfer-Encoding: chunked").replace(b"/1.1", b"/1.0")
+    server.say(raw=[old + chunked(b"12345")]).say(200, b"next", etag='"n"')
+    assert get(f"{server.url}/a").path.read_bytes() == b"12345"
+    get(f"{server.url}/b")
+    assert server.connections == 2
+
+
 REFUSED: dict[str, bytes] = {
     "two lengths": head("Content-Length: 5", "Content-Length: 3") + b"12345",
     "two lengths in one": head("Content-Length: 5, 3") + b"12345",

@@ -149,6 +149,7 @@ BAD_HEADS = [
     *(b"HTTP/1.1", b"HTTP/1.1 ", b"HTTP/1.1 2000 OK", b"HTTP/1.1 abc", b"HTTP/1.1 20", b"\r\n"),
     *(b"HTTP/1.1 200 OK\na: b\n\n<p>", b"HTTP/1.1 200 O\0K"),
     *(b"HTTP/1.1  200 OK", b"HTTP/1.1 200OK", b"HTTP/1.1 -20 OK", b"HTTP/1.1 +20 OK"),
+    *(b"HTTP/1.1 099 OK", b"HTTP/1.1 000 OK", HEAD + b"a\0: b", HEAD + b"a\nb: c"),
     *(HEAD + b"no colon", HEAD + b": empty name", HEAD + b"a : b", HEAD + b" folded: b"),
     *(HEAD + b"a: b\r\n folded", HEAD + b"a: b\r\n\tfolded", HEAD + b"a: b\rc", HEAD + b"a: b\nc"),
     *(HEAD + b"a: b\0c", HEAD + b"a: b\x1b", HEAD + b"a: b\x7f"),
