@@ -669,7 +669,7 @@ def join_any(base: StrPath, *parts: str) -> str:
 
 _UNRESERVED = _WORD | frozenset("/~")
 _TARGET = frozenset(map(chr, range(0x21, 0x7F))) - frozenset('"<>\\^`{|}')
-_HOST = _WORD | frozenset(":[]")
+_IPV6 = frozenset("0123456789abcdefABCDEF.:")
 _ETAG_BARE = frozenset("0123456789abcdefghijklmnopqrstuvwxyz-")
 _HEX = frozenset("0123456789abcdef")
 
@@ -793,7 +793,9 @@ def _place(url: str) -> _Place:
     name, colon, port = host.rpartition(":")
     if not colon or host.endswith("]"):
         name, port = host, ""
-    name = name.strip("[]")
+    allowed = _WORD
+    if name[:1] == "[" and name[-1:] == "]":  # nothing else holds a colon (RFC 3986, 3.2.2)
+        name, allowed = name[1:-1], _IPV6
     try:
         name = name if name.isascii() else name.encode("idna").decode("ascii")
         number = _digits(port) if port else _PORTS[scheme]
@@ -803,7 +805,7 @@ def _place(url: str) -> _Place:
         raise bad from None
     # Longer labels and empty ones are no DNS (RFC 1035, 2.3.4), and no text for a resolver.
     labels = name.removesuffix(".").split(".")
-    whole = all(0 < len(label) < 64 for label in labels) and _HOST.issuperset(name)
+    whole = all(0 < len(label) < 64 for label in labels) and allowed.issuperset(name)
     if not whole or not number or number > 65535:
         raise bad
     return _Place((scheme, name.lower(), number), target, auth)
