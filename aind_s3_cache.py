@@ -4476,7 +4476,7 @@ def _read_json(source: _Source) -> dict[str, Any]:
     while True:
         try:
             answer = source.read({}, None)
-            if answer.status != 200:
+            if answer.status != 200 and not answer.whole:
                 answer.body.close()
                 raise TransferError("Unexpected answer", uri=source.uri, status=answer.status)
             data = _collect(source, answer, patience)

@@ -61,6 +61,18 @@ def test_every_loader_reads_the_same_object(server: Server, publish: Publish) ->
     assert s3c.get_json(over_http(server, uri)) == DOCUMENT
 
 
+def test_a_document_may_come_as_a_part_that_is_all(server: Server) -> None:
+    span = {"Content-Range": "bytes 0-1/2"}
+    server.say(206, b"{}", headers=span).say(200, b"{}", headers=span)
+    assert s3c.get_json(f"{server.url}/a.json") == s3c.get_json(f"{server.url}/b.json") == {}
+
+
+def test_a_part_of_a_document_is_none(server: Server) -> None:
+    server.say(206, b"{}", headers={"Content-Range": "bytes 0-1/3"})
+    with pytest.raises(s3c.TransferError, match=r"Unexpected answer.*206"):
+        s3c.get_json(f"{server.url}/a.json")
+
+
 @pytest.mark.parametrize("key", ["a?b=c", "a#b", "a%20b c+d", "/a//b", "a/../b", "é.json"])
 def test_a_document_is_read_from_its_exact_key(publish: Publish, key: str) -> None:
     assert s3c.get_json(publish(DOCUMENT, key=key)) == DOCUMENT
