@@ -6671,7 +6671,8 @@ def _do_json(args: Any) -> int:
         try:
             part = part[int(step)] if isinstance(part, list) else part[step]
         except (KeyError, IndexError, ValueError, TypeError):
-            raise ValueError(f"No {step!r} on the way to {args.path!r}") from None
+            way = f"No {step!r} on the way to {args.path!r}"
+            raise ValueError(f"{way}: {_redact(args.uri)}") from None
     if isinstance(part, str) and args.path and not args.json:
         print(part.encode("utf-8", "backslashreplace").decode("utf-8"))  # a lone surrogate
     else:

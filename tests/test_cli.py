@@ -231,7 +231,7 @@ def test_json_says_which_step_of_a_path_is_not_there(
 ) -> None:
     said = run("json", document, path)
     assert (said.code, said.out, len(said.err.splitlines())) == (1, "", 1)
-    assert path in said.err
+    assert f"{path!r}: {document}" in said.err
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"<html>", b"", b"{"], ids=repr)
