@@ -48,7 +48,7 @@ import stat
 import sys
 import threading
 import time
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from functools import lru_cache, partial
 
 __version__ = "1.0.0"
@@ -3194,10 +3194,18 @@ def _remember(memory: dict[str, T], name: str, what: T) -> None:
     memory[name] = what
 
 
-# Shard -> when it was listed, when it had last changed (ns), and the names in it, in order.
-_LISTED: dict[str, tuple[float, int | None, list[str]]] = {}
-_NEVER: tuple[float, int | None, list[str]] = (0.0, None, [])
-_ADDED: dict[str, int] = {}  # shard -> how often threads of ours have added to it
+class _Shard:
+    """What is known of a shard: how it was listed, and what threads of ours add to it."""
+
+    # When, when it had last changed (ns), its names, in order, and how many were added before.
+    listed: tuple[float, int | None, list[str], int] = (0.0, None, [], 0)
+
+    def __init__(self, directory: str) -> None:
+        self.added: list[str] = []  # only grows: `append` and `len` lose nothing without a lock
+        _remember(_SHARDS, directory, self)
+
+
+_SHARDS: dict[str, _Shard] = {}
 
 
 def _changed(directory: str) -> int | None:
@@ -3214,20 +3222,22 @@ def _list_shard(directory: str, anew: bool = False) -> list[str]:
     What others add within one tick of the file system's clock after that, or while we add, is not
     seen until then, unless it is listed anew.
     """
-    now, added, changed = time.monotonic(), _ADDED.get(directory), _changed(directory)
-    when, then, names = _LISTED.get(directory, _NEVER)
-    if changed == then and now - when < _GLANCE and not anew:
-        return names
-    try:
-        # One listing finds all versions; an index file would be one more thing to tear.
-        names = [] if changed is None else sorted(os.listdir(directory))
-    except OSError:  # such as too many open files: the next call may list it
-        return []
-    _remember(_LISTED, directory, (now, changed, names))
-    # Of a very large cache, more than it is worth; or a thread of ours added, in that same tick.
-    if len(names) > _SHARD_LIMIT or _ADDED.get(directory) != added:
-        _LISTED.pop(directory, None)
-    return names
+    now, changed = time.monotonic(), _changed(directory)
+    shard = _SHARDS.get(directory)
+    if not shard or len(shard.added) > 64:  # what is added to the old one is there to be listed
+        shard = _Shard(directory)
+    when, then, names, count = shard.listed
+    if changed != then or now - when >= _GLANCE or anew:
+        count = len(shard.added)
+        try:
+            # One listing finds all versions; an index file would be one more thing to tear.
+            names = [] if changed is None else sorted(os.listdir(directory))
+        except OSError:  # such as too many open files: the next call may list it
+            return []
+        if len(names) <= _SHARD_LIMIT:  # of a very large cache, it is more than it is worth
+            shard.listed = now, changed, names, count
+    added = shard.added[count:]
+    return sorted(names + added) if added else names
 
 
 def _publish(temporary: str, directory: str, name: str) -> str:
@@ -3252,8 +3262,7 @@ def _publish(temporary: str, directory: str, name: str) -> str:
             time.sleep(pause)
     else:
         os.replace(temporary, final)
-    _remember(_ADDED, directory, _ADDED.get(directory, 0) + 1)
-    _LISTED.pop(directory, None)
+    (_SHARDS.get(directory) or _Shard(directory)).added.append(name)
     return final
 
 
@@ -3507,9 +3516,9 @@ class _Store:
         """Publish a small object: one private file, one write, one rename."""
         directory = self.shard(ident)
         temporary = _aside(directory)
-        added = _ADDED.get(directory, 0)
-        when, then, names = _LISTED.get(directory, _NEVER)
-        known = then is not None and then == _changed(directory)
+        shard = _SHARDS.get(directory) or _Shard(directory)
+        when, then, names, count = shard.listed
+        current = then is not None and then == _changed(directory)
         try:
             fd = self.create(temporary, os.O_WRONLY, 0o600 if private else _FINAL)
             try:
@@ -3522,12 +3531,8 @@ class _Store:
             _unlink(temporary)
             _raise_ours(error, directory, len(data))
             raise
-        if known:  # but for this, nothing has changed: no need to list it again
-            names = names.copy()  # in the old one another thread looks for an object's place
-            insort(names, name)
-            _remember(_LISTED, directory, (when, _changed(directory), names))
-            if _ADDED.get(directory) != added + 1:  # another thread, too, and what it did is lost
-                _LISTED.pop(directory, None)
+        if current:  # but for this, nothing has changed: no need to list it again
+            shard.listed = when, _changed(directory), names, count
         return final
 
     def partials(self, prefix: str) -> list[str]:
@@ -5336,7 +5341,8 @@ class _Fetch:
         self.source, self.opt, self.store = source, opt, opt.store
         self.ident = ident = _ident(source.place_id)
         self.key, self.shard = (opt.store.root, ident), opt.store.shard(ident)
-        self.added = _ADDED.get(self.shard)
+        self.known = _SHARDS.get(self.shard) or _Shard(self.shard)
+        self.added = len(self.known.added)
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
         self.every = source.private or opt.access.anonymous is not True
@@ -5347,7 +5353,8 @@ class _Fetch:
 
     def renew(self, awaited: bool = False) -> bool:
         """Look again if others may have added the object since; False if there is no need."""
-        old = awaited or self.added != _ADDED.get(self.shard)
+        known = _SHARDS.get(self.shard)
+        old = awaited or known is not self.known or self.added != len(known.added)
         if old:
             self.held = self.store.find(self.ident, self.source.private)
         return old
