@@ -2179,9 +2179,12 @@ class _HTTP(_Source):
 @lru_cache(maxsize=16)
 def _endpoint_place(endpoint: str) -> _Place:
     try:
-        return _place(endpoint)
+        place = _place(endpoint)
+        if "?" in place.target:  # the key would become a part of it
+            raise ValueError(f"Not a valid endpoint: {_redact_bad(endpoint)!r} has a query")
     except ValueError as error:
         raise ValueError(f"AWS_ENDPOINT_URL: {error} (expected http://host:port)") from None
+    return place
 
 
 @lru_cache(maxsize=64)

@@ -125,6 +125,17 @@ def test_an_endpoint_that_is_no_url_is_named(get: Get, monkeypatch: pytest.Monke
         get("s3://bucket/a.json")
 
 
+@pytest.mark.parametrize("path", ["?token=hidden", "/base?token=hidden"])
+def test_an_endpoint_with_a_query_is_refused_before_anything_is_sent(
+    path: str, server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url + path)
+    with pytest.raises(ValueError, match=r"AWS_ENDPOINT_URL.*has a query") as caught:
+        get("s3://bucket/a.json")
+    assert not server.seen
+    assert "hidden" not in str(caught.value)
+
+
 def resolving(monkeypatch: pytest.MonkeyPatch, *hosts: str) -> list[Any]:
     """Resolve every name to these addresses; the list holds the names that were looked up."""
     look_up, asked = socket.getaddrinfo, []
