@@ -3987,20 +3987,6 @@ class _Unit:
         self.entry, self.inodes = entry, inodes
 
 
-def _from_each(units: list[_Unit], act: Callable[[_Unit], list[CacheEntry]]) -> list[CacheEntry]:
-    """Act on each, and past one that is another user's; return what went, or raise at the end."""
-    gone: list[CacheEntry] = []
-    errors: list[CacheError] = []
-    for unit in units:
-        try:
-            gone += act(unit)
-        except CacheError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
-    return gone
-
-
 def _plan_prune(
     units: list[_Unit], max_age: float | None, max_size: int | None, now: float
 ) -> list[_Unit]:
@@ -4150,23 +4136,57 @@ def _is_damaged(entry: _Entry) -> bool:
 
 
 class _Keeper(_Store):
-    """A store with all of it in view: what it holds, what goes, what is damaged."""
+    """A store with all of it in view: what it holds, what goes, what is damaged.
+
+    What another user keeps from us is passed over, and said at the end. For one call.
+    """
+
+    def __init__(self, cache_dir: str) -> None:
+        super().__init__(cache_dir)
+        self._errors: list[OSError] = []
+
+    def _list(self, path: str) -> list[str]:
+        try:
+            return _list(path)
+        except OSError as error:
+            self._errors.append(error)
+            return []
+
+    def _from_each(
+        self, units: list[_Unit], act: Callable[[_Unit], list[CacheEntry]]
+    ) -> list[CacheEntry]:
+        """Act on each; return what went."""
+        gone: list[CacheEntry] = []
+        for unit in units:
+            try:
+                gone += act(unit)
+            except CacheError as error:
+                self._errors.append(error)
+        return gone
+
+    def _settle(self) -> None:
+        with _Disk(self.root):
+            for error in self._errors:
+                raise error
 
     def units(self) -> list[_Unit]:
         """Return all that the store holds."""
+        units = self._units()
+        self._settle()
+        return units
+
+    def _units(self) -> list[_Unit]:
         if not self.exists():
             return []
-        with _Disk(self.root):
-            objects = [unit for shard in _list(self.objects) for unit in self._shard(shard)]
-            trees = [self._tree(path) for path in _list(self.trees) if _is_tree(path)]
-            partials = [self._part(path) for path in self.partials("")]
-        return objects + trees + partials
+        objects = [unit for shard in self._list(self.objects) for unit in self._shard(shard)]
+        trees = [self._tree(path) for path in self._list(self.trees) if _is_tree(path)]
+        return objects + trees + [self._part(path) for path in self.partials("")]
 
     def _shard(self, shard: str) -> list[_Unit]:
         """Return the objects of a shard; of each the one validated last supersedes the others."""
         # Public and each user's private copies of an object are versions of their own.
         found: dict[str, list[tuple[float, _Entry]]] = {}
-        for path in _list(shard):
+        for path in self._list(shard):
             entry = _parse_entry(path)
             if entry and (entry.check() or entry.held >= 0):
                 group = found.setdefault(entry.name[:21] + entry.owner, [])
@@ -4217,11 +4237,13 @@ class _Keeper(_Store):
         if not self.exists():
             return []
         now = self.now()
-        plan = _plan_prune(self.units(), max_age, max_size, now)
-        if dry_run:
-            return [unit.entry for unit in plan]
-        self._sweep(now)
-        return _from_each(plan, lambda unit: [unit.entry] * self._remove(unit.entry))
+        plan = _plan_prune(self._units(), max_age, max_size, now)
+        gone = [unit.entry for unit in plan]
+        if not dry_run:
+            self._sweep(now)
+            gone = self._from_each(plan, lambda unit: [unit.entry] * self._remove(unit.entry))
+        self._settle()
+        return gone
 
     def _remove(self, entry: CacheEntry) -> bool:
         """Remove an entry unless it was touched after the plan: aside first, and back if so."""
@@ -4263,7 +4285,7 @@ class _Keeper(_Store):
 
     def verify(self) -> list[CacheEntry]:
         """Remove, and return, objects whose bytes are not what they were, and their trees."""
-        units = self.units()
+        units = self._units()
         trees = [unit for unit in units if unit.entry.kind == "tree"]
 
         def check(unit: _Unit) -> list[CacheEntry]:
@@ -4284,29 +4306,30 @@ class _Keeper(_Store):
                     pass
             return [*bad, unit.entry]
 
-        return list(dict.fromkeys(_from_each(units, check)))
+        bad = list(dict.fromkeys(self._from_each(units, check)))
+        self._settle()
+        return bad
 
     def clear(self) -> None:
         """Remove all that is ours and nothing else."""
         if not self.exists():
             return
-        with _Disk(self.root):
-            shards = [*_list(self.objects), self.trees]
-            paths = [p for shard in shards for p in _list(shard) if _is_ours(p)]
-            paths += [p for p in _list(self.partial) if p.endswith((".data", ".log"))]
-            paths += [p for p in _list(self.locks) if len(os.path.basename(p)) == 3]
-            paths += filter(_is_aside, _list(self.root))
-            errors = list(map(_remove_any, [*paths, os.path.join(self.root, "CACHEDIR.TAG")]))
-            directories = [*shards, self.objects, self.partial, self.locks]
-            if self.root != self.cache_dir:  # what somebody named stays
-                directories.append(self.root)
-            for path in directories:
-                try:
-                    os.rmdir(path)
-                except OSError:  # something that is not ours: it stays, and so does its place
-                    pass
-            for error in filter(None, errors):
-                raise error
+        shards = [*self._list(self.objects), self.trees]
+        paths = [p for shard in shards for p in self._list(shard) if _is_ours(p)]
+        paths += [p for p in self._list(self.partial) if p.endswith((".data", ".log"))]
+        paths += [p for p in self._list(self.locks) if len(os.path.basename(p)) == 3]
+        paths += filter(_is_aside, self._list(self.root))
+        paths.append(os.path.join(self.root, "CACHEDIR.TAG"))
+        self._errors += filter(None, map(_remove_any, paths))
+        directories = [*shards, self.objects, self.partial, self.locks]
+        if self.root != self.cache_dir:  # what somebody named stays
+            directories.append(self.root)
+        for path in directories:
+            try:
+                os.rmdir(path)
+            except OSError:  # something that is not ours: it stays, and so does its place
+                pass
+        self._settle()
 
 
 def _local_path(text: str) -> str:

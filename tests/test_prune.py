@@ -619,6 +619,25 @@ def test_what_may_not_be_removed_keeps_nothing_else(
 
 
 @pytest.mark.root
+@pytest.mark.parametrize(("tidy", "limits"), [("prune", [1]), ("clear", []), ("verify", [])])
+def test_what_may_not_be_listed_keeps_nothing_else(
+    tidy: str, limits: list[int], publish: Publish, public: Path, as_nobody: Any
+) -> None:
+    """Of a group's cache: the shard of a colleague whose umask is strict."""
+    get = partial(s3c.get_local_path_for_resource, cache_dir=public)
+    theirs, mine = sorted(get(publish(b"x", key=key)).path for key in "ab")
+    for path in (mine, mine.parent):
+        os.chown(path, NOBODY, NOBODY)
+    mine.chmod(0o644)
+    mine.write_bytes(b"y")
+    os.utime(mine, (1, 1))
+    theirs.parent.chmod(0o700)
+    with pytest.raises(s3c.CacheError, match=f"{theirs.parent}: Permission denied"):
+        as_nobody(lambda: getattr(s3c.CacheManager(public), tidy)(*limits))
+    assert (theirs.exists(), mine.exists()) == (True, False)
+
+
+@pytest.mark.root
 def test_prune_does_not_tell_of_a_partial_file_that_stayed(public: Path, as_nobody: Any) -> None:
     data = public / "aind-s3-cache" / "partial" / "0.0.0.data"
     data.parent.mkdir(parents=True)
