@@ -190,6 +190,7 @@ _BATCH_EVERY = 0.05  # seconds between two looks at how busy they are
 _BATCH_BUSY = 0.75  # share of that time on a CPU: above, more threads only fight
 _GLANCE = 1.0  # seconds for which is remembered what was seen of a directory
 _SHARD_LIMIT = 512  # names of a shard that are remembered: all of 130,000 objects, in some 20 MiB
+_SHARD_ADDED = 64  # names, looked through one by one, until a shard is listed anew
 _BATCH_LIMIT = 32  # objects of a batch asked for at a time, where it waits for the network
 _AHEAD = 16  # requests sent together, and answers read: code that is run again at once runs fast
 _AHEAD_TOGETHER = 0.02  # seconds for sending those: connecting to a far server takes longer
@@ -3219,15 +3220,15 @@ def _changed(directory: str) -> int | None:
         return None
 
 
-def _list_shard(directory: str, anew: bool = False) -> list[str]:
-    """Return the names in a shard, in order: as it was listed within a second, if unchanged since.
+def _list_shard(directory: str, anew: bool = False) -> tuple[list[str], list[str]]:
+    """Return the names in a shard, in order, and those that threads of ours may have added since.
 
-    What others add within one tick of the file system's clock after that, or while we add, is not
-    seen until then, unless it is listed anew.
+    It is listed once a second, and when it has changed. What others add within one tick of the file
+    system's clock after that, or while we add, is not seen until then, unless it is listed anew.
     """
     now, changed = time.monotonic(), _changed(directory)
     shard = _SHARDS.get(directory)
-    if not shard or len(shard.added) > 64:  # what is added to the old one is there to be listed
+    if not shard or len(shard.added) > _SHARD_ADDED:  # who adds to the old one has published before
         shard = _Shard(directory)
     when, then, names, count = shard.listed
     if changed != then or now - when >= _GLANCE or anew:
@@ -3236,11 +3237,10 @@ def _list_shard(directory: str, anew: bool = False) -> list[str]:
             # One listing finds all versions; an index file would be one more thing to tear.
             names = [] if changed is None else sorted(os.listdir(directory))
         except OSError:  # such as too many open files: the next call may list it
-            return []
+            return [], []
         if len(names) <= _SHARD_LIMIT:  # of a very large cache, it is more than it is worth
             shard.listed = now, changed, names, count
-    added = shard.added[count:]
-    return sorted(names + added) if added else names
+    return names, shard.added[count:]
 
 
 def _publish(temporary: str, directory: str, name: str) -> str:
@@ -3466,10 +3466,13 @@ class _Store:
         if time.monotonic() - seen >= _GLANCE and not self.exists():
             return []
         directory = self.shard(ident)
-        names = _list_shard(directory, anew)
+        names, added = _list_shard(directory, anew)
         # Ordered, and each begins with its object and "_", which "`" comes after.
+        found = names[bisect_left(names, ident + "_") : bisect_left(names, ident + "`")]
+        if added:
+            found += [n for n in added if n.startswith(ident + "_") and n not in found]
         good = []
-        for name in names[bisect_left(names, ident + "_") : bisect_left(names, ident + "`")]:
+        for name in found:
             entry = _parse_entry(directory + os.sep + name)
             if entry and entry.private and not (private and os.access(entry.path, os.R_OK)):
                 continue  # not for this caller, or of another user

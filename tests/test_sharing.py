@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -167,8 +168,8 @@ def test_who_looked_before_another_thread_was_done_looks_again(
     others: list[Any] = []
     uri, list_shard = publish(blob(size)), s3c._list_shard
 
-    def slow(*args: Any) -> list[str]:  # as on a network file system
-        names = list(list_shard(*args))
+    def slow(*args: Any) -> Any:  # as on a network file system
+        names = list_shard(*args)
         if not others:
             others.append(None)
             others.extend(at_once(1, lambda: get(uri)))
@@ -450,7 +451,7 @@ def test_a_shard_is_listed_once_however_much_we_add(cache: Path, listings: list[
         ident = f"{SHARD}{number:018x}"
         assert len(store.find(ident, False)) == (number == 0)
         add(store, ident)
-        assert len(store.find(ident, False)) == 1 + (number == 0)
+        assert len(store.find(ident, False)) == 1
     assert len(listings) == 1
 
 
@@ -559,10 +560,10 @@ def test_what_is_looked_through_does_not_change_as_another_thread_adds(
     store = s3c._Store(str(cache))
     add(store, ONE)
     assert store.find(OTHER, False) == []
-    names = s3c._list_shard(store.shard(ONE))
-    before = names.copy()
+    looked_through = s3c._list_shard(store.shard(ONE))
+    before = deepcopy(looked_through)
     add(store, OTHER)
-    assert names == before
+    assert looked_through == before
 
 
 def test_a_shard_from_the_beginning_of_time_is_listed(cache: Path) -> None:
@@ -580,7 +581,7 @@ def test_nothing_is_remembered_of_a_very_large_shard(
     (tmp_path / "shard").mkdir()
     for number in range(count):
         (tmp_path / "shard" / str(number)).touch()
-    assert len(s3c._list_shard(str(tmp_path / "shard"))) == count
+    assert len(s3c._list_shard(str(tmp_path / "shard"))[0]) == count
     assert bool(s3c._SHARDS[str(tmp_path / "shard")].listed[2]) == remembered
 
 
