@@ -6540,7 +6540,8 @@ class CacheManager:
         ValueError, TypeError
             A limit that is negative, or no number.
         CacheError
-            Something could not be removed, though all else was; or the directory is not safe.
+            Something could not be read or removed, though all else was; or the directory is not
+            safe.
         """
         for name, limit in (("max_age_days", max_age_days), ("max_size_bytes", max_size_bytes)):
             if limit is not None:
@@ -6573,7 +6574,8 @@ class CacheManager:
         Raises
         ------
         CacheError
-            Something could not be removed, though all else was; or the directory is not safe.
+            Something could not be read or removed, though all else was; or the directory is not
+            safe.
         """
         self._keeper.clear()
 
