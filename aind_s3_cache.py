@@ -5383,7 +5383,7 @@ class _Fetch:
     def renew(self, awaited: bool = False) -> bool:
         """Look again if others may have added the object since; False if there is no need."""
         known = _SHARDS.get(self.shard)
-        old = awaited or known is not self.known or self.added != len(known.added)
+        old = awaited or known is not self.known or self.added != len(self.known.added)
         if old:
             self.held = self.store.find(self.ident, self.source.private)
         return old
