@@ -504,7 +504,7 @@ def interrupted(step: int, work: Callable[[], Any], between: Callable[[], Any]) 
     def trace(frame: Any, event: str, _: Any) -> Any:
         frame.f_trace_opcodes = True
         left[0] -= event == "opcode"
-        if not left[0]:
+        if event == "opcode" and not left[0]:  # once: frames above are traced on under coverage
             sys.settrace(before)
             between()
         return trace if left[0] > 0 else None
