@@ -209,7 +209,6 @@ def interrupt_at(step: int, work: Callable[[], Any], functions: set[str]) -> str
             raise KeyboardInterrupt(line)
         return trace
 
-    sys._getframe().f_trace_opcodes = True  # 3.12 looks for that as tracing begins
     sys.settrace(trace)
     try:
         work()
@@ -503,12 +502,14 @@ def interrupted(step: int, work: Callable[[], Any], between: Callable[[], Any]) 
 
     def trace(frame: Any, event: str, _: Any) -> Any:
         frame.f_trace_opcodes = True
-        left[0] -= event == "opcode"
-        if event == "opcode" and not left[0]:  # once: frames above are traced on under coverage
-            sys.settrace(before)
-            between()
+        if event == "opcode":  # only: frames above are traced on under coverage
+            left[0] -= 1
+            if not left[0]:
+                sys.settrace(before)
+                between()
         return trace if left[0] > 0 else None
 
+    sys._getframe().f_trace_opcodes = True  # 3.12 looks for that as tracing begins
     sys.settrace(trace)
     try:
         work()
