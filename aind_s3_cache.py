@@ -4152,6 +4152,8 @@ class _Keeper(_Store):
         try:
             return _list(path)
         except OSError as error:
+            if _is_of_handler(error):
+                raise
             self._errors.append(error)
             return []
 
