@@ -3212,6 +3212,10 @@ class _Shard:
 _SHARDS: dict[str, _Shard] = {}
 
 
+def _known(directory: str) -> _Shard:
+    return _SHARDS.get(directory) or _Shard(directory)
+
+
 def _changed(directory: str) -> int | None:
     """Return when something was last added to a directory or removed; None if it is not there."""
     try:
@@ -3227,8 +3231,8 @@ def _list_shard(directory: str, anew: bool = False) -> tuple[list[str], list[str
     system's clock after that, or while we add, is not seen until then, unless it is listed anew.
     """
     now, changed = time.monotonic(), _changed(directory)
-    shard = _SHARDS.get(directory)
-    if not shard or len(shard.added) > _SHARD_ADDED:  # who adds to the old one has published before
+    shard = _known(directory)
+    if len(shard.added) > _SHARD_ADDED:  # who adds to the old one has published before
         shard = _Shard(directory)
     when, then, names, count = shard.listed
     if changed != then or now - when >= _GLANCE or anew:
@@ -3265,7 +3269,7 @@ def _publish(temporary: str, directory: str, name: str) -> str:
             time.sleep(pause)
     else:
         os.replace(temporary, final)
-    (_SHARDS.get(directory) or _Shard(directory)).added.append(name)
+    _known(directory).added.append(name)
     return final
 
 
@@ -3522,7 +3526,7 @@ class _Store:
         """Publish a small object: one private file, one write, one rename."""
         directory = self.shard(ident)
         temporary = _aside(directory)
-        shard = _SHARDS.get(directory) or _Shard(directory)
+        shard = _known(directory)
         when, then, names, count = shard.listed
         current = then is not None and then == _changed(directory)
         try:
@@ -4160,7 +4164,7 @@ class _Keeper(_Store):
     def _from_each(
         self, units: list[_Unit], act: Callable[[_Unit], list[CacheEntry]]
     ) -> list[CacheEntry]:
-        """Act on each; return what went."""
+        """Act on each, and past one that is another user's; return what went."""
         gone: list[CacheEntry] = []
         for unit in units:
             try:
@@ -4171,8 +4175,8 @@ class _Keeper(_Store):
 
     def _settle(self) -> None:
         with _Disk(self.root):
-            for error in self._errors:
-                raise error
+            if self._errors:
+                raise self._errors[0]
 
     def units(self) -> list[_Unit]:
         """Return all that the store holds."""
@@ -5372,7 +5376,7 @@ class _Fetch:
         self.source, self.opt, self.store = source, opt, opt.store
         self.ident = ident = _ident(source.place_id)
         self.key, self.shard = (opt.store.root, ident), opt.store.shard(ident)
-        self.known = _SHARDS.get(self.shard) or _Shard(self.shard)
+        self.known = _known(self.shard)
         self.added = len(self.known.added)
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
@@ -5384,8 +5388,8 @@ class _Fetch:
 
     def renew(self, awaited: bool = False) -> bool:
         """Look again if others may have added the object since; False if there is no need."""
-        known = _SHARDS.get(self.shard)
-        old = awaited or known is not self.known or self.added != len(self.known.added)
+        known = _known(self.shard)
+        old = awaited or known is not self.known or self.added != len(known.added)
         if old:
             self.held = self.store.find(self.ident, self.source.private)
         return old
