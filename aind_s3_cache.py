@@ -4915,13 +4915,9 @@ class _Options:
         version_id: str | None = None,
         progress: Progress = None,
     ) -> None:
-        for name, value, ability, what in (
-            ("max_concurrency", max_concurrency, "__index__", "a whole number"),
-            ("multipart_threshold_bytes", multipart_threshold_bytes, "__float__", "a number"),
-            ("max_age", max_age, "__float__", "a number of seconds"),
-        ):
-            if not isinstance(value, int):
-                _require(name, value, ability, what)
+        _require("max_concurrency", max_concurrency, "__index__", "a whole number")
+        _require("multipart_threshold_bytes", multipart_threshold_bytes, "__float__", "a number")
+        _require("max_age", max_age, "__float__", "a number of seconds")
         if max_concurrency < 1 or not multipart_threshold_bytes >= 1:  # nan, too
             raise ValueError("max_concurrency and multipart_threshold_bytes must be at least 1")
         if version_id is not None and not isinstance(version_id, str):
