@@ -189,7 +189,7 @@ _GROW_EVERY = 0.01  # seconds between two looks at that: by then a fast server h
 _BATCH_EVERY = 0.05  # seconds between two looks at how busy they are
 _BATCH_BUSY = 0.75  # share of that time on a CPU: above, more threads only fight
 _GLANCE = 1.0  # seconds for which is remembered what was seen of a directory
-_SHARD_LIMIT = 512  # names of a shard that are remembered: all of 130,000 objects, in some 20 MiB
+_SHARD_LIMIT = 4096  # names of a shard that are remembered: all of a million objects, in 130 MiB
 _SHARD_ADDED = 64  # names, looked through one by one, until a shard is listed anew
 _BATCH_LIMIT = 32  # objects of a batch asked for at a time, where it waits for the network
 _AHEAD = 16  # requests sent together, and answers read: code that is run again at once runs fast
@@ -3227,15 +3227,17 @@ def _changed(directory: str) -> int | None:
 def _list_shard(directory: str, anew: bool = False) -> tuple[list[str], list[str]]:
     """Return the names in a shard, in order, and those that threads of ours may have added since.
 
-    It is listed once a second, and when it has changed. What others add within one tick of the file
-    system's clock after that, or while we add, is not seen until then, unless it is listed anew.
+    It is listed once a second, a large one less often, and when it has changed. What others add
+    within one tick of the file system's clock after that, or while we add, is not seen until then,
+    unless it is listed anew.
     """
     now, changed = time.monotonic(), _changed(directory)
     shard = _known(directory)
     if len(shard.added) > _SHARD_ADDED:  # who adds to the old one has published before
         shard = _Shard(directory)
     when, then, names, count = shard.listed
-    if changed != then or now - when >= _GLANCE or anew:
+    lasts = _GLANCE * (1 + len(names) / 500)  # as many take some 0.6 ms to list
+    if changed != then or now - when >= lasts or anew:
         count = len(shard.added)
         try:
             # One listing finds all versions; an index file would be one more thing to tear.

@@ -454,6 +454,19 @@ def test_a_shard_is_listed_once_however_much_we_add(cache: Path, listings: list[
     assert len(listings) == 1
 
 
+@pytest.mark.parametrize(("limit", "count"), [(4096, 1), (999, 2)])
+def test_a_shard_of_a_large_cache_is_remembered_unless_it_takes_too_much_memory(
+    limit: int, count: int, cache: Path, listings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_SHARD_LIMIT", limit)
+    store = s3c._Store(str(cache))
+    Path(store.shard(ONE)).mkdir(parents=True)
+    for number in range(1000):
+        add(store, f"{SHARD}{number:018x}", ours=False)
+    assert [len(store.find(ONE, False)) for _ in range(2)] == [1, 1]
+    assert len(listings) == count
+
+
 def test_what_another_process_adds_to_a_remembered_shard_is_found(
     cache: Path, listings: list[str]
 ) -> None:
@@ -573,17 +586,6 @@ def test_a_shard_from_the_beginning_of_time_is_listed(cache: Path) -> None:
     add(store, ONE)
     os.utime(store.shard(ONE), (0, 0))
     assert len(store.find(ONE, False)) == 1
-
-
-@pytest.mark.parametrize(("count", "remembered"), [(500, True), (600, False)])
-def test_nothing_is_remembered_of_a_very_large_shard(
-    count: int, remembered: bool, tmp_path: Path
-) -> None:
-    (tmp_path / "shard").mkdir()
-    for number in range(count):
-        (tmp_path / "shard" / str(number)).touch()
-    assert len(s3c._list_shard(str(tmp_path / "shard"))[0]) == count
-    assert bool(s3c._SHARDS[str(tmp_path / "shard")].listed[2]) == remembered
 
 
 def test_threads_that_find_a_large_object_changed_download_it_once(
