@@ -1913,18 +1913,12 @@ class _Exchange:
         _log(_DEBUG, "%s %s: %d", self.method, self.place, status)
         return status, headers, body
 
-    def send_ahead(self) -> bool:
-        """Send the request, to read the answer later; False if it was not sent."""
+    def send_ahead(self) -> None:
+        """Send the request, to read the answer later."""
         self._route()
-        try:
-            connection = _POOL.take(self.key) or self._connect()
-            self._send(connection)
-        except OSError as error:
-            if _is_of_handler(error):
-                raise
-            return False
+        connection = _POOL.take(self.key) or self._connect()
+        self._send(connection)
         self.sent = connection
-        return True
 
     def read_ahead(self) -> None:
         """Read the head of the answer to a request that was sent ahead, if it has come."""
@@ -5364,9 +5358,7 @@ def _held(source: _Source, entry: _Entry, status: str) -> LocalizedResource:
 class _Fetch:
     """One object: what the cache holds of it, what was asked, and what comes of that."""
 
-    asked = False  # ahead
-    begun: _Exchange | None = None  # its answer is still to be read
-    fields: Fields  # with which it was asked so
+    begun: _Exchange | None = None  # sent ahead: its answer is still to be read
     newest: _Entry | None = None  # on the condition that we do not hold this
     plain = False  # ask without range and conditions
     doubted = False  # bytes were not as promised: use nothing of that try
@@ -5409,28 +5401,23 @@ class _Fetch:
         if self.key in _FLIGHTS or self.key in _ASKED:
             return False  # what another thread fetches is not asked for twice
         self.newest = self.held[0] if self.held else None
-        self.fields = self._first(self.newest)
-        exchange = self.source.exchange(self.fields, self.opt.switch)
+        self.begun = exchange = self.source.exchange(self._first(self.newest), self.opt.switch)
         if exchange is None:
             return False
-        self.asked = True
         try:
             _ASKED.add(self.key)
-            if exchange.send_ahead():
-                self.begun = exchange
-        finally:
-            if not self.begun:
-                self.close()
-        return self.asked
+            exchange.send_ahead()
+        except BaseException:
+            self.close()
+            raise
+        return True
 
     def close(self) -> None:
         """Leave what was asked for and not read."""
         begun, self.begun = self.begun, None
         if begun:
-            begun.close()
-        if self.asked:
-            self.asked = False
             _ASKED.discard(self.key)
+            begun.close()
 
     def run(self) -> LocalizedResource:
         """Ask, with what we hold as the condition, until the answer is one to keep."""
@@ -5461,11 +5448,11 @@ class _Fetch:
         """Ask once and do what the answer says; None if what we held is gone."""
         held, begun = self.held, None
         newest = held[0] if held and not self.plain else None
-        if self.plain:
-            fields: Fields = {}
-        elif self.begun and newest is self.newest:  # else it was asked on another condition
-            fields, begun, self.begun = self.fields, self.begun, None
-        else:
+        fields: Fields = {}
+        if self.begun and newest is self.newest and not self.plain:  # else it was asked otherwise
+            begun, self.begun = self.begun, None
+            _ASKED.discard(self.key)
+        elif not self.plain:
             fields = self._first(newest)
         answer = self.source.read(fields, self.opt.switch, begun)
         try:
