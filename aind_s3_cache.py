@@ -3348,22 +3348,21 @@ def _touch(path: str) -> None:
         pass
 
 
-def _list(path: str) -> list[str]:
-    """Return the paths in a directory, none if it is not there, or only a link to one."""
+def _list(path: str, errors: list[OSError]) -> list[str]:
+    """Return the paths in a directory: none if it is not there, or only a link to one.
+
+    Nor are there any if it cannot be read; that is put among the errors.
+    """
     try:
-        if os.path.islink(path):
-            return []
-        return sorted(os.path.join(path, name) for name in os.listdir(path))
+        if not os.path.islink(path):
+            return sorted(os.path.join(path, name) for name in os.listdir(path))
     except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _list_or_skip(path: str) -> list[str]:
-    """Return the paths in a directory, none if it cannot be read."""
-    try:
-        return _list(path)
-    except OSError:
-        return []
+        pass
+    except OSError as error:
+        if _is_of_handler(error):
+            raise
+        errors.append(error)
+    return []
 
 
 def _drop_partial(path: str) -> None:
@@ -3542,7 +3541,7 @@ class _Store:
     def partials(self, prefix: str) -> list[str]:
         """Return the paths, without ending, of the partial files whose name begins so."""
         start, endings = os.path.join(self.partial, prefix), (".data", ".log")
-        ours = [p for p in _list_or_skip(self.partial) if p.startswith(start)]
+        ours = [p for p in _list(self.partial, []) if p.startswith(start)]
         # Either may be alone: whoever made it was killed between the two.
         return sorted({path.rpartition(".")[0] for path in ours if path.endswith(endings)})
 
@@ -4146,15 +4145,6 @@ class _Keeper(_Store):
         super().__init__(cache_dir)
         self._errors: list[OSError] = []
 
-    def _list(self, path: str) -> list[str]:
-        try:
-            return _list(path)
-        except OSError as error:
-            if _is_of_handler(error):
-                raise
-            self._errors.append(error)
-            return []
-
     def _from_each(
         self, units: list[_Unit], act: Callable[[_Unit], list[CacheEntry]]
     ) -> list[CacheEntry]:
@@ -4181,15 +4171,17 @@ class _Keeper(_Store):
     def _units(self) -> list[_Unit]:
         if not self.exists():
             return []
-        objects = [unit for shard in self._list(self.objects) for unit in self._shard(shard)]
-        trees = [self._tree(path) for path in self._list(self.trees) if _is_tree(path)]
+        objects = [
+            unit for shard in _list(self.objects, self._errors) for unit in self._shard(shard)
+        ]
+        trees = [self._tree(path) for path in _list(self.trees, self._errors) if _is_tree(path)]
         return objects + trees + [self._part(path) for path in self.partials("")]
 
     def _shard(self, shard: str) -> list[_Unit]:
         """Return the objects of a shard; of each the one validated last supersedes the others."""
         # Public and each user's private copies of an object are versions of their own.
         found: dict[str, list[tuple[float, _Entry]]] = {}
-        for path in self._list(shard):
+        for path in _list(shard, self._errors):
             entry = _parse_entry(path)
             if entry and (entry.check() or entry.held >= 0):
                 group = found.setdefault(entry.name[:21] + entry.owner, [])
@@ -4277,8 +4269,8 @@ class _Keeper(_Store):
 
     def _sweep(self, now: float) -> None:
         """Remove what crashes left behind: old temporary files, stamps without an entry."""
-        for shard in [*_list_or_skip(self.objects), self.trees, self.root]:
-            for path in _list_or_skip(shard):
+        for shard in [*_list(self.objects, []), self.trees, self.root]:
+            for path in _list(shard, []):
                 name = os.path.basename(path)
                 entry = os.path.join(shard, name[2:])
                 if _is_aside(path) and _is_left(path, now):
@@ -4317,11 +4309,11 @@ class _Keeper(_Store):
         """Remove all that is ours and nothing else."""
         if not self.exists():
             return
-        shards = [*self._list(self.objects), self.trees]
-        paths = [p for shard in shards for p in self._list(shard) if _is_ours(p)]
-        paths += [p for p in self._list(self.partial) if p.endswith((".data", ".log"))]
-        paths += [p for p in self._list(self.locks) if len(os.path.basename(p)) == 3]
-        paths += filter(_is_aside, self._list(self.root))
+        shards = [*_list(self.objects, self._errors), self.trees]
+        paths = [p for shard in shards for p in _list(shard, self._errors) if _is_ours(p)]
+        paths += [p for p in _list(self.partial, self._errors) if p.endswith((".data", ".log"))]
+        paths += [p for p in _list(self.locks, self._errors) if len(os.path.basename(p)) == 3]
+        paths += filter(_is_aside, _list(self.root, self._errors))
         paths.append(os.path.join(self.root, "CACHEDIR.TAG"))
         self._errors += filter(None, map(_remove_any, paths))
         directories = [*shards, self.objects, self.partial, self.locks]
@@ -5894,12 +5886,10 @@ class _Tree:
             return []
         private = self.source.private or self.opt.access.anonymous is not True
         starts = (f"{self.id}_o", f"{self.id}_p") if private else (f"{self.id}_o",)
-        try:
-            paths = _list(self.store.trees)
-        except OSError as error:
-            if self.opt.offline:
-                raise _disk_error(error, self.store.trees) from None
-            return []  # the server knows
+        errors: list[OSError] = []
+        paths = _list(self.store.trees, errors)
+        if errors and self.opt.offline:  # else the server knows
+            raise _disk_error(errors[0], self.store.trees)
         held = [p for p in paths if os.path.basename(p).startswith(starts)]
         # Another user's is not to be read.
         found = [_Snapshot(path) for path in held if os.access(path, os.R_OK)]
