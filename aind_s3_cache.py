@@ -3384,12 +3384,9 @@ class _Store:
         below = self.root + os.sep
         self.objects, self.partial = below + "objects", below + "partial"
         self.trees, self.locks = below + "trees", below + "locks"
-        self._found = False  # looked at once for each store, and so for each call
 
     def exists(self) -> bool:
         """Tell whether the root is there; refuse it where others could have planted it."""
-        if self._found:
-            return True
         try:
             found = os.stat(self.root)
         except (FileNotFoundError, NotADirectoryError):
@@ -3404,8 +3401,7 @@ class _Store:
                 _remember(_KNOWN_ROOTS, self.root, known)
             else:
                 _remember(_SAFE_ROOTS, self.root, time.monotonic())
-        self._found = stat.S_ISDIR(found.st_mode)
-        return self._found
+        return stat.S_ISDIR(found.st_mode)
 
     def _tag(self) -> None:
         """Tell backups that this is a cache, if that can be said."""
@@ -3423,7 +3419,6 @@ class _Store:
 
     def make(self, directory: str) -> None:
         """Make a directory of ours and what it needs above it."""
-        self._found = False  # a peer may have cleared the cache
         if not self.exists():
             os.makedirs(os.path.dirname(self.root), exist_ok=True)
             try:  # open to everybody, as with umask 0, it would not be taken for ours
