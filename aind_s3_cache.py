@@ -5664,7 +5664,7 @@ def _unsafe(part: str) -> bool:
     return False
 
 
-def _folders(names: list[str]) -> list[str]:
+def _folders(names: Iterable[str]) -> list[str]:
     """Return the directories that relative paths lie in, each once."""
     found: dict[str, None] = {}
     for name in names:
@@ -5675,25 +5675,23 @@ def _folders(names: list[str]) -> list[str]:
     return list(found)
 
 
-def _tree_names(keys: list[_Key], prefix: str, folds: bool) -> list[str]:
-    """Return each key's path relative to the prefix, or refuse the key that has none, by name."""
-    names = [key.key[len(prefix) :] for key in keys]
+def _check_files(files: dict[str, _Key], folds: bool) -> None:
+    """Refuse, by name, a key whose path in a tree cannot be a file's."""
     fold = str.casefold if folds else str
-    files: dict[str, str] = {}
-    for key, name in zip(keys, names):
+    taken: dict[str, str] = {}
+    for name, key in files.items():
         # S3 has no longer ones; thousands of levels are more than Python can remove again.
         if len(key.key.encode()) > 1024 or any(map(_unsafe, name.split("/"))):
             raise CacheError(f"Cannot be a file name: {key.key[:1024]!r}", errno=errno.EINVAL)
-        twin = files.setdefault(fold(name), name)
+        twin = taken.setdefault(fold(name), name)
         if twin != name:
             raise CacheError(f"Differ only in case: {twin!r}, {name!r}", errno=errno.EEXIST)
     folded: dict[str, str] = {}
-    for folder in _folders(names):
-        if fold(folder) in files:
+    for folder in _folders(files):
+        if fold(folder) in taken:
             raise CacheError(f"Both file and directory: {folder!r}", errno=errno.ENOTDIR)
         if folded.setdefault(fold(folder), folder) != folder:
             raise CacheError(f"Directories differ only in case: {folder!r}", errno=errno.EEXIST)
-    return names
 
 
 def _folds_case(store: _Store) -> bool:
@@ -5834,10 +5832,10 @@ def _link(source: str, target: str) -> None:
             pass
 
 
-def _is_whole_tree(path: str, names: list[str], keys: list[_Key]) -> bool:
+def _is_whole_tree(path: str, files: dict[str, _Key]) -> bool:
     """Tell whether a snapshot still has every file at its size."""
     try:
-        for name, key in zip(names, keys):
+        for name, key in files.items():
             found = os.lstat(f"{path}/{name}")
             if not stat.S_ISREG(found.st_mode) or found.st_size != key.size:
                 return False
@@ -5921,37 +5919,37 @@ class _Tree:
 
     def snapshot(self, keys: list[_Key]) -> LocalizedResource | None:
         """Return the directory that a listing describes; None if it changes meanwhile."""
-        names = _tree_names(keys, self.prefix, False)
-        size = sum(key.size for key in keys)
+        files = {key.key[len(self.prefix) :]: key for key in keys}  # by the path in the tree
+        _check_files(files, False)
+        size = sum(key.size for key in files.values())
         # The listing is the identity of the snapshot: an unchanged one finds its directory.
-        versions = (f"{key.etag or key.modified}\0{key.size}" for key in keys)
-        lines = (f"{name}\0{version}" for name, version in zip(names, versions))
+        lines = (f"{name}\0{k.etag or k.modified}\0{k.size}" for name, k in files.items())
         owner = _owner(self.source.private)
-        head = f"{self.id}_{owner[0]}{_digest(owner, *lines)[:16]}_{len(keys):x}_{size:x}_"
+        head = f"{self.id}_{owner[0]}{_digest(owner, *lines)[:16]}_{len(files):x}_{size:x}_"
         tail = _tail(self.source.name, _NAME_LIMIT - len(head))
         path = os.path.join(self.store.trees, head + tail)
         # Who waits for another thread's finds it whole.
         with _Flight(self.store, self.id, self.opt.switch):
-            if self.store.confirm(path) and _is_whole_tree(path, names, keys):
+            if self.store.confirm(path) and _is_whole_tree(path, files):
                 return _result(self.source, path, "revalidated", None, size)
-            if not self.assemble(path, names, keys):
+            if not self.assemble(path, files):
                 return None
         status = "downloaded" if self.fetched else "revalidated"
         return _result(self.source, path, status, None, size)
 
-    def assemble(self, path: str, names: list[str], keys: list[_Key]) -> bool:
+    def assemble(self, path: str, files: dict[str, _Key]) -> bool:
         """Make the directory that a listing describes; False if that changes meanwhile."""
         aside = _aside(self.store.trees)
         try:
             with _Disk(self.store.trees):
                 self.store.make(self.store.trees)
                 if _folds_case(self.store):
-                    _tree_names(keys, self.prefix, True)
+                    _check_files(files, True)
                 os.mkdir(aside, 0o700 if self.source.private else 0o777)
-            self.fill(aside, names, keys)
-            if self.changed or not _is_whole_tree(aside, names, keys):
+            self.fill(aside, files)
+            if self.changed or not _is_whole_tree(aside, files):
                 return False
-            self.publish(aside, path, names, keys)
+            self.publish(aside, path, files)
         except _Changed:
             return False
         except CacheError as error:
@@ -5962,11 +5960,11 @@ class _Tree:
             _remove_tree(aside)
         return True
 
-    def fill(self, aside: str, names: list[str], keys: list[_Key]) -> None:
+    def fill(self, aside: str, files: dict[str, _Key]) -> None:
         """Link every file into the directory, fetching what we do not hold."""
         self.changed, self.lost = False, None  # of this listing
         with _Disk(aside):
-            for folder in sorted(_folders(names)):
+            for folder in sorted(_folders(files)):
                 # Not makedirs: it would make the tree itself anew.
                 os.mkdir(f"{aside}/{folder}")
 
@@ -5984,7 +5982,7 @@ class _Tree:
                 look = None  # pruned between the look and the link
             raise CacheError("An entry disappears while it is linked", uri=self.source.uri)
 
-        _Batch(bring, zip(names, keys), self.opt, self.look).run()
+        _Batch(bring, files.items(), self.opt, self.look).run()
 
     def entry(self, key: _Key, look: _Fetch) -> _Entry | None:
         """Return the entry that a line of the listing describes."""
@@ -6026,14 +6024,14 @@ class _Tree:
             self.changed = True
         return os.fspath(found)
 
-    def publish(self, aside: str, path: str, names: list[str], keys: list[_Key]) -> None:
+    def publish(self, aside: str, path: str, files: dict[str, _Key]) -> None:
         """Make the directory visible; a damaged one of the same name makes room."""
         with _Disk(path):
             self.store.confirm(aside)
             try:
                 return os.rename(aside, path)
             except OSError:
-                if _is_whole_tree(path, names, keys):  # a peer was faster
+                if _is_whole_tree(path, files):  # a peer was faster
                     return
             error = _remove_tree(path)
             if error and os.path.lexists(path):
