@@ -3598,19 +3598,19 @@ class _Lock:
 
     def acquire(self) -> bool:
         """Try once. False only if a peer surely holds it."""
-        verdict: list[bool] = []
+        self._busy = False
         # On NFS even LOCK_NB may hang (cargo#2615); whoever hangs there hangs alone.
-        worker = _start_thread(partial(self._try, verdict))
+        worker = _start_thread(self._try)
         if worker:
             worker.join(2.0)
-        return verdict[0] if verdict else True
+        return not self._busy
 
     @property
     def held(self) -> bool:
         """Tell whether this is sure to keep out whoever can lock."""
         return self._fd >= 0
 
-    def _try(self, verdict: list[bool]) -> None:
+    def _try(self) -> None:
         try:
             with _IMPORTS:
                 import fcntl
@@ -3631,11 +3631,10 @@ class _Lock:
                     os.close(fd)
                 else:
                     self._fd = fd
-            verdict.append(True)
         except BlockingIOError:
-            verdict.append(False)
+            self._busy = True
         except (OSError, ImportError, S3CacheError):
-            verdict.append(True)
+            pass
 
     def release(self) -> None:
         with self._guard:
