@@ -132,19 +132,13 @@ if TYPE_CHECKING:
     Fields = dict[str, str]  # of a request: range and conditions, by name
     Reply = tuple[int, dict[str, str], "_Body"]  # status, headers and body
     Page = tuple[list["_Key"], Union[str, None]]  # of a listing, and the token of the next
+    WriteChunks = Callable[[memoryview, int, bytes], None]  # at an offset, with their CRC32s
 
     class Reader(Protocol):
         """What a transfer reads from."""
 
         def readinto(self, view: memoryview, /) -> int: ...
         def close(self) -> None: ...
-
-    class _ChunkFile(Protocol):
-        """What a transfer writes chunks to."""
-
-        def write(self, view: memoryview, offset: int) -> None: ...
-        def finish(self, index: int, crcs: bytes) -> None: ...
-        def restart(self) -> None: ...
 
 
 # ==== 1 Defaults ==================================================================================
@@ -1187,7 +1181,7 @@ class _Turn:
             if not self._taken or self._kept:
                 if self._kept != me:
                     here.since = now
-                self._taken, self._kept = True, 0
+                self._taken, self._kept, here.held = True, 0, True
                 return
             gate, moves = threading.Lock(), self._moves
             gate.acquire()
@@ -1210,14 +1204,14 @@ class _Turn:
             if not waits:
                 self._give()
             raise
-        here.since = time.monotonic()
+        here.since, here.held = time.monotonic(), True
 
     def _give(self) -> None:
         """Pass the turn on."""
+        self.here.held = False
         with self._mutex:
-            self._taken, self._kept, self._moves = False, 0, self._moves + 1
+            self._taken, self._kept, self._moves = bool(self._waiters), 0, self._moves + 1
             if self._waiters:
-                self._taken = True
                 self._waiters.pop(0).release()
 
     def enter(self) -> bool:
@@ -1229,7 +1223,6 @@ class _Turn:
             here.inside = True
             here.quick = time.monotonic() - here.left < _TURN_GAP
             self._take()
-            here.held = True
         except BaseException:
             self.exit(True)
             raise
@@ -1240,18 +1233,16 @@ class _Turn:
             return
         here, now = self.here, time.monotonic()
         keep = self._waiters and here.quick and now - here.since < _TURN_KEEP and now > self._doubt
-        if here.held:
+        if here.held and keep:
             here.held = False
-            if keep:
-                self._kept_since, self._kept = now, threading.get_ident()
-            else:
-                self._give()
+            self._kept_since, self._kept = now, threading.get_ident()
+        elif here.held:
+            self._give()
         here.left, here.inside = now, False
 
     def leave(self) -> None:
         """Let another thread work: this one is about to wait."""
         if self.here.held:
-            self.here.held = False
             self._give()
 
     def pause(self) -> None:
@@ -1260,7 +1251,6 @@ class _Turn:
         if here.held:
             here.asked = time.monotonic()
             if not (self._near and self._waiters):
-                here.held = False
                 self._give()
 
     def resume(self) -> None:
@@ -1270,7 +1260,6 @@ class _Turn:
             self._near = time.monotonic() - here.asked < _TURN_NEAR
             if not here.held:
                 self._take()
-                here.held = True
 
 
 _TURN = _Turn()
@@ -1913,18 +1902,12 @@ class _Exchange:
         _log(_DEBUG, "%s %s: %d", self.method, self.place, status)
         return status, headers, body
 
-    def send_ahead(self) -> bool:
-        """Send the request, to read the answer later; False if it was not sent."""
+    def send_ahead(self) -> None:
+        """Send the request, to read the answer later."""
         self._route()
-        try:
-            connection = _POOL.take(self.key) or self._connect()
-            self._send(connection)
-        except OSError as error:
-            if _is_of_handler(error):
-                raise
-            return False
+        connection = _POOL.take(self.key) or self._connect()
+        self._send(connection)
         self.sent = connection
-        return True
 
     def read_ahead(self) -> None:
         """Read the head of the answer to a request that was sent ahead, if it has come."""
@@ -2790,10 +2773,10 @@ class _Chunks(_Sink):
     """The way to a file, some chunks at a time through one reused buffer."""
 
     def __init__(
-        self, file: _ChunkFile, view: memoryview, progress: Callable[[int], object], at: int
+        self, write: WriteChunks, view: memoryview, progress: Callable[[int], object], at: int
     ) -> None:
         super().__init__(view, progress, at)
-        self._file = file
+        self._write = write
         self._base = self._end = at  # of what the buffer holds, and of what it may hold
         self._due = time.monotonic() + _LOG_EVERY
 
@@ -2812,8 +2795,7 @@ class _Chunks(_Sink):
 
     def _flush(self, size: int) -> None:
         whole, left = self.view[:size], self.at - self._base - size
-        self._file.write(whole, self._base)
-        self._file.finish(self._base // _CHUNK, _crcs(whole))
+        self._write(whole, self._base, _crcs(whole))
         self.view[:left] = self.view[size : size + left]
         self._base += size
         self._due = time.monotonic() + _LOG_EVERY
@@ -2825,7 +2807,6 @@ class _Chunks(_Sink):
     def rewind(self) -> None:
         super().rewind()
         self._base = 0
-        self._file.restart()
 
 
 def _resume(
@@ -3157,19 +3138,16 @@ def _parse_entry(path: str) -> _Entry | None:
         return None
 
 
-def _write_all(fd: int, view: memoryview, offset: int | None = None) -> None:
+def _write_all(fd: int, view: memoryview, offset: int = 0) -> None:
     """Write all of view; a write may be short (write(2))."""
     while len(view):
-        if offset is None:
-            size = os.write(fd, view)
-        elif hasattr(os, "pwrite"):
+        if hasattr(os, "pwrite"):
             size = os.pwrite(fd, view, offset)
         else:
             with _SEEK_LOCK:  # Windows has no positional write
                 os.lseek(fd, offset, os.SEEK_SET)
                 size = os.write(fd, view)
-        view = view[size:]
-        offset = None if offset is None else offset + size
+        view, offset = view[size:], offset + size
 
 
 _SEEK_LOCK = threading.Lock()
@@ -3356,22 +3334,21 @@ def _touch(path: str) -> None:
         pass
 
 
-def _list(path: str) -> list[str]:
-    """Return the paths in a directory, none if it is not there, or only a link to one."""
+def _list(path: str, errors: list[OSError]) -> list[str]:
+    """Return the paths in a directory: none if it is not there, or only a link to one.
+
+    Nor are there any if it cannot be read; that is put among the errors.
+    """
     try:
-        if os.path.islink(path):
-            return []
-        return sorted(os.path.join(path, name) for name in os.listdir(path))
+        if not os.path.islink(path):
+            return sorted(os.path.join(path, name) for name in os.listdir(path))
     except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _list_or_skip(path: str) -> list[str]:
-    """Return the paths in a directory, none if it cannot be read."""
-    try:
-        return _list(path)
-    except OSError:
-        return []
+        pass
+    except OSError as error:
+        if _is_of_handler(error):
+            raise
+        errors.append(error)
+    return []
 
 
 def _drop_partial(path: str) -> None:
@@ -3393,12 +3370,9 @@ class _Store:
         below = self.root + os.sep
         self.objects, self.partial = below + "objects", below + "partial"
         self.trees, self.locks = below + "trees", below + "locks"
-        self._found = False  # looked at once for each store, and so for each call
 
     def exists(self) -> bool:
         """Tell whether the root is there; refuse it where others could have planted it."""
-        if self._found:
-            return True
         try:
             found = os.stat(self.root)
         except (FileNotFoundError, NotADirectoryError):
@@ -3413,8 +3387,7 @@ class _Store:
                 _remember(_KNOWN_ROOTS, self.root, known)
             else:
                 _remember(_SAFE_ROOTS, self.root, time.monotonic())
-        self._found = stat.S_ISDIR(found.st_mode)
-        return self._found
+        return stat.S_ISDIR(found.st_mode)
 
     def _tag(self) -> None:
         """Tell backups that this is a cache, if that can be said."""
@@ -3432,7 +3405,6 @@ class _Store:
 
     def make(self, directory: str) -> None:
         """Make a directory of ours and what it needs above it."""
-        self._found = False  # a peer may have cleared the cache
         if not self.exists():
             os.makedirs(os.path.dirname(self.root), exist_ok=True)
             try:  # open to everybody, as with umask 0, it would not be taken for ours
@@ -3550,7 +3522,7 @@ class _Store:
     def partials(self, prefix: str) -> list[str]:
         """Return the paths, without ending, of the partial files whose name begins so."""
         start, endings = os.path.join(self.partial, prefix), (".data", ".log")
-        ours = [p for p in _list_or_skip(self.partial) if p.startswith(start)]
+        ours = [p for p in _list(self.partial, []) if p.startswith(start)]
         # Either may be alone: whoever made it was killed between the two.
         return sorted({path.rpartition(".")[0] for path in ours if path.endswith(endings)})
 
@@ -3612,19 +3584,19 @@ class _Lock:
 
     def acquire(self) -> bool:
         """Try once. False only if a peer surely holds it."""
-        verdict: list[bool] = []
+        self._busy = False
         # On NFS even LOCK_NB may hang (cargo#2615); whoever hangs there hangs alone.
-        worker = _start_thread(partial(self._try, verdict))
+        worker = _start_thread(self._try)
         if worker:
             worker.join(2.0)
-        return verdict[0] if verdict else True
+        return not self._busy
 
     @property
     def held(self) -> bool:
         """Tell whether this is sure to keep out whoever can lock."""
         return self._fd >= 0
 
-    def _try(self, verdict: list[bool]) -> None:
+    def _try(self) -> None:
         try:
             with _IMPORTS:
                 import fcntl
@@ -3645,11 +3617,10 @@ class _Lock:
                     os.close(fd)
                 else:
                     self._fd = fd
-            verdict.append(True)
         except BlockingIOError:
-            verdict.append(False)
+            self._busy = True
         except (OSError, ImportError, S3CacheError):
-            verdict.append(True)
+            pass
 
     def release(self) -> None:
         with self._guard:
@@ -3675,26 +3646,16 @@ class _Spool:
         self._path = _aside(self.directory)
         with _Disk(self.directory, need):
             self._fd = store.create(self._path, os.O_WRONLY, 0o600 if private else _FINAL)
-        self._reset()
 
-    def _reset(self) -> None:
-        self.crcs = bytearray()
-        self._hashes = {name: _hasher(name) for name in self._names}
-
-    def write(self, view: memoryview, offset: int) -> None:
+    def write(self, view: memoryview, offset: int, crcs: bytes) -> None:
+        if offset == 0:  # or again from there: as many bytes, in place of the others
+            self.crcs = bytearray()
+            self._hashes = {name: _hasher(name) for name in self._names}
         with _Disk(self.directory, self.need):
-            _write_all(self._fd, view)
+            _write_all(self._fd, view, offset)
         for digest in self._hashes.values():
             digest.update(view)
-
-    def finish(self, index: int, crcs: bytes) -> None:
         self.crcs += crcs
-
-    def restart(self) -> None:
-        with _Disk(self.directory, self.need):
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            os.ftruncate(self._fd, 0)
-        self._reset()
 
     def digest(self, name: str) -> bytes:
         return bytes(self._hashes[name].digest())
@@ -3783,13 +3744,11 @@ class _Partial:
             self.claim(at, end)
         return at * _CHUNK, min(end * _CHUNK, self.total)
 
-    def write(self, view: memoryview, offset: int) -> None:
+    def write(self, view: memoryview, offset: int, crcs: bytes) -> None:
+        """Write whole chunks, and note that they are done."""
         with _Disk(self.path + ".data", self.total):
             _write_all(self.fd, view, offset)
-
-    def finish(self, index: int, crcs: bytes) -> None:
-        """Note chunks that are wholly written, from this one on."""
-        count = len(crcs) // 4
+        index, count = offset // _CHUNK, len(crcs) // 4
         with self.lock:
             for n in range(count):
                 # A server that ignores the range of a resume sends again what is hashed already.
@@ -3833,8 +3792,7 @@ class _Partial:
             file.seek(start)
             data = file.read(stop - start)
             if len(data) == stop - start and _crcs(data) == crc:
-                self.write(memoryview(data), start)
-                self.finish(index, crc)
+                self.write(memoryview(data), start, crc)
                 return len(data)
         finally:
             with self.lock:
@@ -3879,9 +3837,6 @@ class _Partial:
         self.store.confirm(final)  # validated now, not when the last byte was written
         self.store.drop_partials(self.key)
         return final
-
-    def restart(self) -> None:
-        """Chunks may be written again: of one version, they are the same."""
 
     def hold(self) -> None:
         with self.lock:
@@ -4056,11 +4011,6 @@ def _is_ours(path: str) -> bool:
     return _is_aside(entry) or _parse_entry(entry) is not None or _is_tree(entry)
 
 
-def _on_error(act: Callable[[Any, str, Any], None]) -> Any:
-    """Return the argument of `shutil.rmtree` that was renamed in 3.12."""
-    return {"onexc" if sys.version_info >= (3, 12) else "onerror": act}
-
-
 def _put_aside(path: str) -> str:
     """Rename what is to go, so that nobody finds it; return where it is now.
 
@@ -4087,13 +4037,14 @@ def _remove_tree(path: str) -> OSError | None:
     def note(_: object, __: str, told: Any) -> None:
         errors.append(told[1] if isinstance(told, tuple) else told)
 
+    noted: Any = {"onexc" if sys.version_info >= (3, 12) else "onerror": note}
     # Aside at once: whoever still fills it finds it gone, instead of less in it than was put there.
     try:
         aside = _put_aside(path)
     except OSError:
         aside = path
     try:
-        shutil.rmtree(aside, **_on_error(note))
+        shutil.rmtree(aside, **noted)
     except OSError as error:  # before 3.13 of its own calls
         errors.append(error)
     return errors[0] if errors and os.path.lexists(aside) else None
@@ -4154,15 +4105,6 @@ class _Keeper(_Store):
         super().__init__(cache_dir)
         self._errors: list[OSError] = []
 
-    def _list(self, path: str) -> list[str]:
-        try:
-            return _list(path)
-        except OSError as error:
-            if _is_of_handler(error):
-                raise
-            self._errors.append(error)
-            return []
-
     def _from_each(
         self, units: list[_Unit], act: Callable[[_Unit], list[CacheEntry]]
     ) -> list[CacheEntry]:
@@ -4189,15 +4131,17 @@ class _Keeper(_Store):
     def _units(self) -> list[_Unit]:
         if not self.exists():
             return []
-        objects = [unit for shard in self._list(self.objects) for unit in self._shard(shard)]
-        trees = [self._tree(path) for path in self._list(self.trees) if _is_tree(path)]
+        objects = [
+            unit for shard in _list(self.objects, self._errors) for unit in self._shard(shard)
+        ]
+        trees = [self._tree(path) for path in _list(self.trees, self._errors) if _is_tree(path)]
         return objects + trees + [self._part(path) for path in self.partials("")]
 
     def _shard(self, shard: str) -> list[_Unit]:
         """Return the objects of a shard; of each the one validated last supersedes the others."""
         # Public and each user's private copies of an object are versions of their own.
         found: dict[str, list[tuple[float, _Entry]]] = {}
-        for path in self._list(shard):
+        for path in _list(shard, self._errors):
             entry = _parse_entry(path)
             if entry and (entry.check() or entry.held >= 0):
                 group = found.setdefault(entry.name[:21] + entry.owner, [])
@@ -4285,8 +4229,8 @@ class _Keeper(_Store):
 
     def _sweep(self, now: float) -> None:
         """Remove what crashes left behind: old temporary files, stamps without an entry."""
-        for shard in [*_list_or_skip(self.objects), self.trees, self.root]:
-            for path in _list_or_skip(shard):
+        for shard in [*_list(self.objects, []), self.trees, self.root]:
+            for path in _list(shard, []):
                 name = os.path.basename(path)
                 entry = os.path.join(shard, name[2:])
                 if _is_aside(path) and _is_left(path, now):
@@ -4325,11 +4269,11 @@ class _Keeper(_Store):
         """Remove all that is ours and nothing else."""
         if not self.exists():
             return
-        shards = [*self._list(self.objects), self.trees]
-        paths = [p for shard in shards for p in self._list(shard) if _is_ours(p)]
-        paths += [p for p in self._list(self.partial) if p.endswith((".data", ".log"))]
-        paths += [p for p in self._list(self.locks) if len(os.path.basename(p)) == 3]
-        paths += filter(_is_aside, self._list(self.root))
+        shards = [*_list(self.objects, self._errors), self.trees]
+        paths = [p for shard in shards for p in _list(shard, self._errors) if _is_ours(p)]
+        paths += [p for p in _list(self.partial, self._errors) if p.endswith((".data", ".log"))]
+        paths += [p for p in _list(self.locks, self._errors) if len(os.path.basename(p)) == 3]
+        paths += filter(_is_aside, _list(self.root, self._errors))
         paths.append(os.path.join(self.root, "CACHEDIR.TAG"))
         self._errors += filter(None, map(_remove_any, paths))
         directories = [*shards, self.objects, self.partial, self.locks]
@@ -4974,10 +4918,8 @@ class _Flight:
     server that stalls would keep the last of them for as many minutes as there are threads.
     """
 
-    def __init__(
-        self, store: _Store, ident: str, switch: _Stop | None, shares: bool = False
-    ) -> None:
-        self._key, self._switch, self._shares = (store.root, ident), switch, shares
+    def __init__(self, key: tuple[str, str], switch: _Stop | None, shares: bool = False) -> None:
+        self._key, self._switch, self._shares = key, switch, shares
 
     def acquire(self, blocking: bool = True) -> bool:
         me = threading.get_ident()
@@ -5256,7 +5198,7 @@ class _Download:
     def _fetch(
         self, answer: _Answer | None, start: int, stop: int, buffer: memoryview, patience: _Patience
     ) -> None:
-        sink = _Chunks(self.file, buffer, self.count, start)
+        sink = _Chunks(self.file.write, buffer, self.count, start)
         asked = answered = time.monotonic()
         if answer is None:
             answer = _resume(self.source, sink, stop, self.etag, self.total, patience)
@@ -5362,9 +5304,7 @@ def _held(source: _Source, entry: _Entry, status: str) -> LocalizedResource:
 class _Fetch:
     """One object: what the cache holds of it, what was asked, and what comes of that."""
 
-    asked = False  # ahead
-    begun: _Exchange | None = None  # its answer is still to be read
-    fields: Fields  # with which it was asked so
+    begun: _Exchange | None = None  # sent ahead: its answer is still to be read
     newest: _Entry | None = None  # on the condition that we do not hold this
     plain = False  # ask without range and conditions
     doubted = False  # bytes were not as promised: use nothing of that try
@@ -5407,28 +5347,23 @@ class _Fetch:
         if self.key in _FLIGHTS or self.key in _ASKED:
             return False  # what another thread fetches is not asked for twice
         self.newest = self.held[0] if self.held else None
-        self.fields = self._first(self.newest)
-        exchange = self.source.exchange(self.fields, self.opt.switch)
+        self.begun = exchange = self.source.exchange(self._first(self.newest), self.opt.switch)
         if exchange is None:
             return False
-        self.asked = True
         try:
             _ASKED.add(self.key)
-            if exchange.send_ahead():
-                self.begun = exchange
-        finally:
-            if not self.begun:
-                self.close()
-        return self.asked
+            exchange.send_ahead()
+        except BaseException:
+            self.close()
+            raise
+        return True
 
     def close(self) -> None:
         """Leave what was asked for and not read."""
         begun, self.begun = self.begun, None
         if begun:
-            begun.close()
-        if self.asked:
-            self.asked = False
             _ASKED.discard(self.key)
+            begun.close()
 
     def run(self) -> LocalizedResource:
         """Ask, with what we hold as the condition, until the answer is one to keep."""
@@ -5459,11 +5394,11 @@ class _Fetch:
         """Ask once and do what the answer says; None if what we held is gone."""
         held, begun = self.held, None
         newest = held[0] if held and not self.plain else None
-        if self.plain:
-            fields: Fields = {}
-        elif self.begun and newest is self.newest:  # else it was asked on another condition
-            fields, begun, self.begun = self.fields, self.begun, None
-        else:
+        fields: Fields = {}
+        if self.begun and newest is self.newest and not self.plain:  # else it was asked otherwise
+            begun, self.begun = self.begun, None
+            _ASKED.discard(self.key)
+        elif not self.plain:
             fields = self._first(newest)
         answer = self.source.read(fields, self.opt.switch, begun)
         try:
@@ -5525,7 +5460,7 @@ class _Fetch:
         total = answer.total
         file = _Spool(self.store, self.ident, self.source.private, total or 0, names)
         try:
-            sink = _Chunks(file, _buffer(answer.body), self.tally, 0)
+            sink = _Chunks(file.write, _buffer(answer.body), self.tally, 0)
             if total is None:
                 _pull_to_end(answer, sink, self.patience)
             else:
@@ -5553,7 +5488,7 @@ class _Fetch:
 
         switch = self.opt.switch
         # Both may fail to exclude: then two download, and the store is none the worse.
-        flight, lock = _Flight(self.store, self.ident, switch), _Lock(self.store, self.ident)
+        flight, lock = _Flight(self.key, switch), _Lock(self.store, self.ident)
         first = flight.acquire(blocking=False)
         if not first:
             answer.body.close()
@@ -5562,8 +5497,7 @@ class _Fetch:
             if first and not lock.acquire() and not self.waited:
                 answer.body.close()
                 first = False
-            wait = partial(_await_peer, self.store, self.ident, lock, found, switch)
-            entry = found() if first else wait()
+            entry = found() if first else _await_peer(self.store, self.ident, lock, found, switch)
             self.waited = self.waited or not first
             if entry and self.store.confirm(entry.path):
                 return entry.path, True
@@ -5688,7 +5622,7 @@ def _unsafe(part: str) -> bool:
     return False
 
 
-def _folders(names: list[str]) -> list[str]:
+def _folders(names: Iterable[str]) -> list[str]:
     """Return the directories that relative paths lie in, each once."""
     found: dict[str, None] = {}
     for name in names:
@@ -5699,30 +5633,23 @@ def _folders(names: list[str]) -> list[str]:
     return list(found)
 
 
-def _tree_names(keys: list[_Key], prefix: str, folds: bool) -> list[str]:
-    """Return each key's path relative to the prefix, or refuse the key that has none, by name."""
-    names = [key.key[len(prefix) :] for key in keys]
+def _check_files(files: dict[str, _Key], folds: bool) -> None:
+    """Refuse, by name, a key whose path in a tree cannot be a file's."""
     fold = str.casefold if folds else str
-    files: dict[str, str] = {}
-    for key, name in zip(keys, names):
+    taken: dict[str, str] = {}
+    for name, key in files.items():
         # S3 has no longer ones; thousands of levels are more than Python can remove again.
         if len(key.key.encode()) > 1024 or any(map(_unsafe, name.split("/"))):
             raise CacheError(f"Cannot be a file name: {key.key[:1024]!r}", errno=errno.EINVAL)
-        twin = files.setdefault(fold(name), name)
+        twin = taken.setdefault(fold(name), name)
         if twin != name:
             raise CacheError(f"Differ only in case: {twin!r}, {name!r}", errno=errno.EEXIST)
     folded: dict[str, str] = {}
-    for folder in _folders(names):
-        if fold(folder) in files:
+    for folder in _folders(files):
+        if fold(folder) in taken:
             raise CacheError(f"Both file and directory: {folder!r}", errno=errno.ENOTDIR)
         if folded.setdefault(fold(folder), folder) != folder:
             raise CacheError(f"Directories differ only in case: {folder!r}", errno=errno.EEXIST)
-    return names
-
-
-def _folds_case(store: _Store) -> bool:
-    """Tell whether this file system takes ``A`` for ``a``; the cache's tag is there to ask."""
-    return os.path.exists(os.path.join(store.root, "cachedir.tag"))
 
 
 def _quietly(look: Callable[[T, _Options], _Fetch | None], item: T, opt: _Options) -> _Fetch | None:
@@ -5858,10 +5785,10 @@ def _link(source: str, target: str) -> None:
             pass
 
 
-def _is_whole_tree(path: str, names: list[str], keys: list[_Key]) -> bool:
+def _is_whole_tree(path: str, files: dict[str, _Key]) -> bool:
     """Tell whether a snapshot still has every file at its size."""
     try:
-        for name, key in zip(names, keys):
+        for name, key in files.items():
             found = os.lstat(f"{path}/{name}")
             if not stat.S_ISREG(found.st_mode) or found.st_size != key.size:
                 return False
@@ -5905,12 +5832,10 @@ class _Tree:
             return []
         private = self.source.private or self.opt.access.anonymous is not True
         starts = (f"{self.id}_o", f"{self.id}_p") if private else (f"{self.id}_o",)
-        try:
-            paths = _list(self.store.trees)
-        except OSError as error:
-            if self.opt.offline:
-                raise _disk_error(error, self.store.trees) from None
-            return []  # the server knows
+        errors: list[OSError] = []
+        paths = _list(self.store.trees, errors)
+        if errors and self.opt.offline:  # else the server knows
+            raise _disk_error(errors[0], self.store.trees)
         held = [p for p in paths if os.path.basename(p).startswith(starts)]
         # Another user's is not to be read.
         found = [_Snapshot(path) for path in held if os.access(path, os.R_OK)]
@@ -5947,37 +5872,38 @@ class _Tree:
 
     def snapshot(self, keys: list[_Key]) -> LocalizedResource | None:
         """Return the directory that a listing describes; None if it changes meanwhile."""
-        names = _tree_names(keys, self.prefix, False)
-        size = sum(key.size for key in keys)
+        files = {key.key[len(self.prefix) :]: key for key in keys}  # by the path in the tree
+        _check_files(files, False)
+        size = sum(key.size for key in files.values())
         # The listing is the identity of the snapshot: an unchanged one finds its directory.
-        versions = (f"{key.etag or key.modified}\0{key.size}" for key in keys)
-        lines = (f"{name}\0{version}" for name, version in zip(names, versions))
+        lines = (f"{name}\0{k.etag or k.modified}\0{k.size}" for name, k in files.items())
         owner = _owner(self.source.private)
-        head = f"{self.id}_{owner[0]}{_digest(owner, *lines)[:16]}_{len(keys):x}_{size:x}_"
+        head = f"{self.id}_{owner[0]}{_digest(owner, *lines)[:16]}_{len(files):x}_{size:x}_"
         tail = _tail(self.source.name, _NAME_LIMIT - len(head))
         path = os.path.join(self.store.trees, head + tail)
         # Who waits for another thread's finds it whole.
-        with _Flight(self.store, self.id, self.opt.switch):
-            if self.store.confirm(path) and _is_whole_tree(path, names, keys):
+        with _Flight((self.store.root, self.id), self.opt.switch):
+            if self.store.confirm(path) and _is_whole_tree(path, files):
                 return _result(self.source, path, "revalidated", None, size)
-            if not self.assemble(path, names, keys):
+            if not self.assemble(path, files):
                 return None
         status = "downloaded" if self.fetched else "revalidated"
         return _result(self.source, path, status, None, size)
 
-    def assemble(self, path: str, names: list[str], keys: list[_Key]) -> bool:
+    def assemble(self, path: str, files: dict[str, _Key]) -> bool:
         """Make the directory that a listing describes; False if that changes meanwhile."""
         aside = _aside(self.store.trees)
         try:
             with _Disk(self.store.trees):
                 self.store.make(self.store.trees)
-                if _folds_case(self.store):
-                    _tree_names(keys, self.prefix, True)
+                # A file system that takes "A" for "a" shows it by the cache's tag.
+                if os.path.exists(os.path.join(self.store.root, "cachedir.tag")):
+                    _check_files(files, True)
                 os.mkdir(aside, 0o700 if self.source.private else 0o777)
-            self.fill(aside, names, keys)
-            if self.changed or not _is_whole_tree(aside, names, keys):
+            self.fill(aside, files)
+            if self.changed or not _is_whole_tree(aside, files):
                 return False
-            self.publish(aside, path, names, keys)
+            self.publish(aside, path, files)
         except _Changed:
             return False
         except CacheError as error:
@@ -5988,11 +5914,11 @@ class _Tree:
             _remove_tree(aside)
         return True
 
-    def fill(self, aside: str, names: list[str], keys: list[_Key]) -> None:
+    def fill(self, aside: str, files: dict[str, _Key]) -> None:
         """Link every file into the directory, fetching what we do not hold."""
         self.changed, self.lost = False, None  # of this listing
         with _Disk(aside):
-            for folder in sorted(_folders(names)):
+            for folder in sorted(_folders(files)):
                 # Not makedirs: it would make the tree itself anew.
                 os.mkdir(f"{aside}/{folder}")
 
@@ -6010,7 +5936,7 @@ class _Tree:
                 look = None  # pruned between the look and the link
             raise CacheError("An entry disappears while it is linked", uri=self.source.uri)
 
-        _Batch(bring, zip(names, keys), self.opt, self.look).run()
+        _Batch(bring, files.items(), self.opt, self.look).run()
 
     def entry(self, key: _Key, look: _Fetch) -> _Entry | None:
         """Return the entry that a line of the listing describes."""
@@ -6036,7 +5962,7 @@ class _Tree:
             entry = self.entry(key, look)
             if entry:
                 return entry.path
-            with _Flight(self.store, look.ident, opt.switch):
+            with _Flight(look.key, opt.switch):
                 entry = self.entry(key, look) if look.renew() else None
                 if entry:  # another tree has fetched it
                     return entry.path
@@ -6052,14 +5978,14 @@ class _Tree:
             self.changed = True
         return os.fspath(found)
 
-    def publish(self, aside: str, path: str, names: list[str], keys: list[_Key]) -> None:
+    def publish(self, aside: str, path: str, files: dict[str, _Key]) -> None:
         """Make the directory visible; a damaged one of the same name makes room."""
         with _Disk(path):
             self.store.confirm(aside)
             try:
                 return os.rename(aside, path)
             except OSError:
-                if _is_whole_tree(path, names, keys):  # a peer was faster
+                if _is_whole_tree(path, files):  # a peer was faster
                     return
             error = _remove_tree(path)
             if error and os.path.lexists(path):
@@ -6089,7 +6015,7 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
         if fetch.held:
             return fetch.run()
         # Not where a client of boto3 asks: the next caller's may be set up otherwise.
-        with _Flight(store, fetch.ident, opt.switch, not source.signed):
+        with _Flight(fetch.key, opt.switch, not source.signed):
             awaited = store.recently_partial() and store.pulse(fetch.ident) > 0
             if awaited:
                 lock = _Lock(store, fetch.ident)
@@ -6409,28 +6335,23 @@ def get_local_paths_for_resources(
 
 def _remove_own(path: str, pid: int) -> None:
     """Remove a temporary cache with all that is read-only in it, unless it is the parent's."""
-    if os.getpid() != pid:
+    if os.getpid() != pid or os.path.islink(path):  # what somebody put there stays
         return
     import shutil
 
-    def insist(remove: Callable[[str], object], at: str, _: object) -> None:
-        if at == path:  # its parent is not ours
-            return
-        try:
-            os.chmod(os.path.dirname(at), 0o700)
-            # Windows looks at the file's own mode; elsewhere that is none of our business.
-            if os.name == "nt" or stat.S_ISDIR(os.lstat(at).st_mode):
-                os.chmod(at, 0o700)
-            if remove in (os.unlink, os.rmdir):
-                remove(at)
-        except OSError:
-            pass
-
-    for _ in range(2):  # a directory that could not be read can the second time
-        try:
-            shutil.rmtree(path, **_on_error(insist))
-        except OSError:  # before 3.13 of its own calls
-            pass
+    for top, folders, files in os.walk(path):
+        # Windows looks at a file's own mode; elsewhere that is none of our business.
+        for name in ("", *folders, *(files if os.name == "nt" else ())):
+            at = os.path.join(top, name)
+            try:
+                if not os.path.islink(at):
+                    os.chmod(at, 0o700)
+            except OSError:
+                pass
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except OSError:  # before 3.13 of its own calls
+        pass
 
 
 class CacheManager:
