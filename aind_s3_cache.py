@@ -2731,7 +2731,7 @@ class _Access:
                     raise
                 source = following
             except S3CacheError as error:
-                error.uri = error.uri or source.uri
+                error.uri = error.uri or _redact(source.uri)
                 raise
             else:
                 if source.signed and self.anonymous is None and self.client is None:
@@ -2873,7 +2873,7 @@ def _pull(source: _Source, answer: _Answer, sink: _Sink, stop: int, patience: _P
                     patience.heard()
             return
         except TransferError as error:
-            error.uri = source.uri
+            error.uri = _redact(source.uri)
             if etag is None or not _is_strong(etag):
                 raise
             patience.after(error)
@@ -5453,7 +5453,7 @@ class _Fetch:
                     raise
                 self.doubted = True
             except TransferError as error:
-                error.uri = error.uri or self.source.uri
+                error.uri = error.uri or _redact(self.source.uri)
                 self.patience.after(error)
             self.tally.undo()
 
