@@ -2385,7 +2385,7 @@ class _Signed(_S3):
         if isinstance(said, dict):
             meta = said.get("ResponseMetadata", {})
             headers = {k.lower(): str(v) for k, v in meta.get("HTTPHeaders", {}).items()}
-            code = str(said.get("Error", {}).get("Code", ""))
+            code = str(said.get("Error", {}).get("Code") or "")
             status = meta.get("HTTPStatusCode") or _digits(code) or _CODE_STATUS.get(code, 0)
             code = "" if code.isdigit() else code  # botocore's stand-in for an empty body
             made = self._error(status, headers, b"", code or None)

@@ -783,12 +783,13 @@ def test_errors_are_the_same_signed_and_unsigned(
 @NEEDS_BOTO3
 @pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (404, "NoSuchKey")])
 @pytest.mark.parametrize("way", ["signed", "unsigned"])
-def test_a_refusal_without_a_body_has_the_same_code(
+def test_a_refusal_that_tells_no_code_has_the_same_one(
     way: str, status: int, code: str, server: Server, get: Get, client: Any
 ) -> None:
-    server.always(status)
     options = {"s3_client": client} if way == "signed" else {"anonymous": True}
-    assert failing(get, f"s3://{BUCKET}/a", s3c.S3CacheError, **options).code == code
+    for body in (b"", b"<html>", b"<Error><Code/></Error>"):
+        server.always(status, body)
+        assert failing(get, f"s3://{BUCKET}/a", s3c.S3CacheError, **options).code == code
 
 
 def damage(sock: socket.socket) -> None:
