@@ -2407,7 +2407,9 @@ class _Signed(_S3):
             message = f"boto3 could not reach S3 ({name})"
             return TransferError(message, uri=self.uri, hint=hint, retry=retry)
         if "BotoCoreError" in bases:
-            return S3CacheError(f"boto3 refuses ({name}): {error}", uri=self.uri)
+            # Ours is well set up: it finds no keys any more. What is public needs none.
+            cls = AccessDeniedError if self.own else S3CacheError
+            return cls(f"boto3 refuses ({name}): {error}", uri=self.uri)
         return error
 
     def _call(self, operation: str, **kwargs: object) -> Any:

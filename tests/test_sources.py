@@ -698,6 +698,31 @@ def test_credentials_that_have_expired_are_a_refusal_that_says_so(
         assert "expired: log in again" in str(error)
 
 
+SHORT_LIVED = """
+import json, time
+until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 60))
+print(json.dumps(dict(Version=1, AccessKeyId="key", SecretAccessKey="s", Expiration=until)))
+"""
+
+
+@NEEDS_BOTO3
+def test_keys_that_can_no_longer_be_had_do_not_lock_us_out_of_what_is_public(
+    server: Server, publish: Publish, get: Get, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("boto3")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(home / "config"))
+    command = f'"{Path(sys.executable).as_posix()}" "{(home / "keys.py").as_posix()}"'
+    (home / "config").write_text(f"[default]\ncredential_process = {command}\n")
+    (home / "keys.py").write_text(SHORT_LIVED)
+    private = publish({}, key="private", private=True)
+    get(private)
+    (home / "keys.py").unlink()
+    assert get(publish({}, key="public")).size == 2
+    for anonymous in (None, False):
+        error = failing(get, private, s3c.AccessDeniedError, anonymous=anonymous)
+        assert "boto3 refuses (CredentialRetrievalError)" in str(error)
+
+
 BLOCKED = """
 import sys
 sys.modules["boto3"] = None
