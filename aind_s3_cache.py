@@ -5883,12 +5883,14 @@ class _Snapshot(_Entry):
         self.path, self.stamp, self.etag = path, _newest(path), None
 
     def check(self) -> bool:
-        """Tell whether it still has as many files as its name says, or more."""
+        """Tell whether it still has the files and bytes that its name says, or more."""
         try:
             count, size, _ = os.path.basename(self.path).split("_", 4)[2:]
             self.size = int(size, 16)
-            return sum(len(names) for _, _, names in os.walk(self.path)) >= int(count, 16)
-        except ValueError:  # nor a name of ours
+            walk = os.walk(self.path)
+            sizes = [os.lstat(f"{at}/{name}").st_size for at, _, names in walk for name in names]
+            return len(sizes) >= int(count, 16) and sum(sizes) >= self.size
+        except (OSError, ValueError):  # nor a name of ours
             return False
 
 
