@@ -2368,7 +2368,7 @@ class _Signed(_S3):
         if isinstance(said, dict):
             meta = said.get("ResponseMetadata", {})
             headers = {k.lower(): str(v) for k, v in meta.get("HTTPHeaders", {}).items()}
-            code = str(said.get("Error", {}).get("Code", ""))
+            code = str(said.get("Error", {}).get("Code") or "")
             status = meta.get("HTTPStatusCode") or _digits(code) or _CODE_STATUS.get(code, 0)
             code = "" if code.isdigit() else code  # botocore's stand-in for an empty body
             made = self._error(status, headers, b"", code or None)
@@ -2390,7 +2390,9 @@ class _Signed(_S3):
             message = f"boto3 could not reach S3 ({name})"
             return TransferError(message, uri=self.uri, hint=hint, retry=retry)
         if "BotoCoreError" in bases:
-            return S3CacheError(f"boto3 refuses ({name}): {error}", uri=self.uri)
+            # Ours is well set up: it finds no keys any more. What is public needs none.
+            cls = AccessDeniedError if self.own else S3CacheError
+            return cls(f"boto3 refuses ({name}): {error}", uri=self.uri)
         return error
 
     def _call(self, operation: str, **kwargs: object) -> Any:
@@ -2714,7 +2716,7 @@ class _Access:
                     raise
                 source = following
             except S3CacheError as error:
-                error.uri = error.uri or source.uri
+                error.uri = error.uri or _redact(source.uri)
                 raise
             else:
                 if source.signed and self.anonymous is None and self.client is None:
@@ -2854,7 +2856,7 @@ def _pull(source: _Source, answer: _Answer, sink: _Sink, stop: int, patience: _P
                     patience.heard()
             return
         except TransferError as error:
-            error.uri = source.uri
+            error.uri = _redact(source.uri)
             if etag is None or not _is_strong(etag):
                 raise
             patience.after(error)
@@ -5386,7 +5388,7 @@ class _Fetch:
                     raise
                 self.doubted = True
             except TransferError as error:
-                error.uri = error.uri or self.source.uri
+                error.uri = error.uri or _redact(self.source.uri)
                 self.patience.after(error)
             self.tally.undo()
 
@@ -5806,12 +5808,14 @@ class _Snapshot(_Entry):
         self.path, self.stamp, self.etag = path, _newest(path), None
 
     def check(self) -> bool:
-        """Tell whether it still has as many files as its name says, or more."""
+        """Tell whether it still has the files and bytes that its name says, or more."""
         try:
             count, size, _ = os.path.basename(self.path).split("_", 4)[2:]
             self.size = int(size, 16)
-            return sum(len(names) for _, _, names in os.walk(self.path)) >= int(count, 16)
-        except ValueError:  # nor a name of ours
+            walk = os.walk(self.path)
+            sizes = [os.lstat(f"{at}/{name}").st_size for at, _, names in walk for name in names]
+            return len(sizes) >= int(count, 16) and sum(sizes) >= self.size
+        except (OSError, ValueError):  # nor a name of ours
             return False
 
 

@@ -576,6 +576,18 @@ def test_a_key_cannot_forge_a_line_of_a_log(
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
+def test_nor_can_a_key_forge_a_line_of_an_error_that_learns_it_late(
+    server: Server, get: Callable[..., Any]
+) -> None:
+    uri = "s3://bucket/tree/a\nERROR forged \x1b[31m"
+    server.put("bucket", uri[12:], b"{}")
+    server.on_path("/tree/", 206, b"{}", etag='"a"')  # it does not say which part that is
+    for call, asked in ((get, uri), (get, "s3://bucket/tree/"), (s3c.get_json, uri)):
+        with pytest.raises(s3c.TransferError) as caught:
+            call(asked)
+        assert str(caught.value).isprintable()
+
+
 def test_nor_can_the_key_of_an_object_that_is_there(
     server: Server, get: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:

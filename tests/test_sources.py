@@ -696,6 +696,31 @@ def test_credentials_that_have_expired_are_a_refusal_that_says_so(
         assert "expired: log in again" in str(error)
 
 
+SHORT_LIVED = """
+import json, time
+until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 60))
+print(json.dumps(dict(Version=1, AccessKeyId="key", SecretAccessKey="s", Expiration=until)))
+"""
+
+
+@NEEDS_BOTO3
+def test_keys_that_can_no_longer_be_had_do_not_lock_us_out_of_what_is_public(
+    server: Server, publish: Publish, get: Get, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("boto3")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(home / "config"))
+    command = f'"{Path(sys.executable).as_posix()}" "{(home / "keys.py").as_posix()}"'
+    (home / "config").write_text(f"[default]\ncredential_process = {command}\n")
+    (home / "keys.py").write_text(SHORT_LIVED)
+    private = publish({}, key="private", private=True)
+    get(private)
+    (home / "keys.py").unlink()
+    assert get(publish({}, key="public")).size == 2
+    for anonymous in (None, False):
+        error = failing(get, private, s3c.AccessDeniedError, anonymous=anonymous)
+        assert "boto3 refuses (CredentialRetrievalError)" in str(error)
+
+
 BLOCKED = """
 import sys
 sys.modules["boto3"] = None
@@ -781,12 +806,13 @@ def test_errors_are_the_same_signed_and_unsigned(
 @NEEDS_BOTO3
 @pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (404, "NoSuchKey")])
 @pytest.mark.parametrize("way", ["signed", "unsigned"])
-def test_a_refusal_without_a_body_has_the_same_code(
+def test_a_refusal_that_tells_no_code_has_the_same_one(
     way: str, status: int, code: str, server: Server, get: Get, client: Any
 ) -> None:
-    server.always(status)
     options = {"s3_client": client} if way == "signed" else {"anonymous": True}
-    assert failing(get, f"s3://{BUCKET}/a", s3c.S3CacheError, **options).code == code
+    for body in (b"", b"<html>", b"<Error><Code/></Error>"):
+        server.always(status, body)
+        assert failing(get, f"s3://{BUCKET}/a", s3c.S3CacheError, **options).code == code
 
 
 def damage(sock: socket.socket) -> None:
