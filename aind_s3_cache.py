@@ -5370,7 +5370,7 @@ class _Fetch:
     newest: _Entry | None = None  # on the condition that we do not hold this
     plain = False  # ask without range and conditions
     doubted = False  # bytes were not as promised: use nothing of that try
-    waited = False  # in vain, for a peer: no answer is given up for it again
+    waited = False  # in vain, for whoever was first: no answer is given up for another again
 
     def __init__(self, source: _Source, opt: _Options) -> None:
         self.source, self.opt, self.store = source, opt, opt.store
@@ -5556,7 +5556,7 @@ class _Fetch:
         switch = self.opt.switch
         # Both may fail to exclude: then two download, and the store is none the worse.
         flight, lock = _Flight(self.store, self.ident, switch), _Lock(self.store, self.ident)
-        first = flight.acquire(blocking=False)
+        first = flight.acquire(blocking=self.waited)
         if not first:
             answer.body.close()
             flight.acquire()
