@@ -5606,9 +5606,9 @@ class _Fetch:
             name = self.store.name(self.ident, self.source, validator, total, _checksum(file.crcs))
             return file.publish(self.store.shard(self.ident), name), False
         except BaseException as error:
-            # What a signal handler or the caller's progress raised says nothing against the bytes.
-            ours = isinstance(error, (S3CacheError, _Changed, _AskPlainly))
-            if (ours and not isinstance(error, TransferError)) or 2 not in file.state:
+            # After all else, be it Ctrl-C or a login that expires, the bytes may be of use.
+            vain = _Changed, _AskPlainly, NotFoundError, IntegrityError, CacheError
+            if isinstance(error, vain) or 2 not in file.state:
                 _drop_partial(file.path)
             raise
         finally:
