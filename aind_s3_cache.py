@@ -5310,7 +5310,7 @@ class _Fetch:
     newest: _Entry | None = None  # on the condition that we do not hold this
     plain = False  # ask without range and conditions
     doubted = False  # bytes were not as promised: use nothing of that try
-    waited = False  # in vain, for a peer: no answer is given up for it again
+    waited = False  # in vain, for whoever was first: no answer is given up for another again
 
     def __init__(self, source: _Source, opt: _Options) -> None:
         self.source, self.opt, self.store = source, opt, opt.store
@@ -5491,7 +5491,7 @@ class _Fetch:
         switch = self.opt.switch
         # Both may fail to exclude: then two download, and the store is none the worse.
         flight, lock = _Flight(self.key, switch), _Lock(self.store, self.ident)
-        first = flight.acquire(blocking=False)
+        first = flight.acquire(blocking=self.waited)
         if not first:
             answer.body.close()
             flight.acquire()
@@ -5540,9 +5540,9 @@ class _Fetch:
             name = self.store.name(self.ident, self.source, validator, total, _checksum(file.crcs))
             return file.publish(self.store.shard(self.ident), name), False
         except BaseException as error:
-            # What a signal handler or the caller's progress raised says nothing against the bytes.
-            ours = isinstance(error, (S3CacheError, _Changed, _AskPlainly))
-            if (ours and not isinstance(error, TransferError)) or 2 not in file.state:
+            # After all else, be it Ctrl-C or a login that expires, the bytes may be of use.
+            vain = _Changed, _AskPlainly, NotFoundError, IntegrityError, CacheError
+            if isinstance(error, vain) or 2 not in file.state:
                 _drop_partial(file.path)
             raise
         finally:

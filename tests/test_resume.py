@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import NOBODY, Get, Publish, Spawn, blob
+from conftest import NOBODY, Get, Publish, Spawn, blob, new_client
 from server import RESET, Server
 from subject import s3c
 
@@ -489,6 +489,21 @@ def test_a_failed_transfer_keeps_one_partial_file(
     assert get(uri).path.read_bytes() == DATA
     assert 0 < server.bytes_sent <= SIZE - kept + 8 * MiB
     assert list(parts(cache).iterdir()) == []
+
+
+def test_credentials_that_expire_keep_the_partial_file(
+    server: Server, publish: Publish, get: Get, cache: Path
+) -> None:
+    """Hours into a download, say: who has logged in anew goes on with it."""
+    uri = publish(DATA)
+    expired = server._script(400, code="ExpiredToken")
+    server.before = lambda _: expired if logged(cache) else None
+    with pytest.raises(s3c.AccessDeniedError):
+        get(uri, s3_client=new_client(server.url), max_concurrency=2)
+    kept, server.before = logged(cache), None
+    start_counting(server)
+    assert get(uri, s3_client=new_client(server.url)).path.read_bytes() == DATA
+    assert 0 < server.bytes_sent <= SIZE - kept + 8 * MiB < SIZE + 8 * MiB
 
 
 def test_many_that_are_broken_off_leave_one_partial_file(

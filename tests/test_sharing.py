@@ -592,6 +592,33 @@ def test_threads_that_find_a_large_object_changed_download_it_once(
     assert is_one_download(server, len(new))
 
 
+def fail_once(failed: list[int], size: int) -> None:
+    """A progress function that fails for the first who calls it, when the others wait."""
+    if not failed:
+        failed.append(size)
+        time.sleep(0.3)
+        raise ZeroDivisionError
+
+
+def test_threads_take_over_from_one_that_fails_where_ranges_are_ignored(
+    server: Server, publish: Publish, get: Get
+) -> None:
+    """Broken variant: each gives up its answer for the next, and asks thousands of times."""
+    get(publish(blob(9 * MiB), key="first"))
+    uri, progress = publish(b"x" + blob(12 * MiB), key="first"), partial(fail_once, [])
+    server.ignore_range, server.latency = True, 0.02
+
+    def outcome() -> str:
+        try:
+            return str(get(uri, progress=progress).status)
+        except ZeroDivisionError:
+            return "failed"
+
+    outcomes = Counter(at_once(4, outcome))
+    assert outcomes == {"failed": 1, "downloaded": 1, "revalidated": 2}
+    assert len(server.seen) < 60
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever finds a peer at work does not wait for it."""
