@@ -16,6 +16,7 @@ import warnings
 import zlib
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
@@ -564,7 +565,15 @@ class Double:
         return {"Body": self.body}
 
 
-@pytest.mark.parametrize("body", [io.BytesIO, Reader])
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(io.BytesIO, Reader),
+        lambda data: SimpleNamespace(read=lambda: data),
+        lambda data: SimpleNamespace(read=lambda *_: data),  # as `Mock(return_value=data)`
+    ],
+)
+@pytest.mark.usefixtures("low_ceiling")
 def test_a_double_of_a_client_will_do(body: Callable[[bytes], Any]) -> None:
     double = Double(body(b'{"subject": 1}'))
     assert s3c.get_json("s3://bucket/x.json", s3_client=double) == {"subject": 1}
