@@ -4470,14 +4470,10 @@ def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:
 
     if source.kind == "local":  # as it was stored: no JSON begins so
         coding = "gzip" if data[:1] == b"\x1f" else "deflate" if _is_zlib(data) else ""
-    for name in reversed(coding.split(",")):
-        coding = name.strip().lower()
-        if coding in ("", "identity", "aws-chunked"):
+    for name in reversed(coding.lower().split(",")):
+        coding = name.strip()
+        if coding not in ("gzip", "x-gzip", "deflate"):  # "utf-8" is met, and changes nothing
             continue
-        if coding not in ("gzip", "x-gzip", "deflate"):
-            raise InvalidJSONError(
-                f"Unknown Content-Encoding {_printable(coding)!r}", uri=source.uri
-            )
         raw = coding == "deflate" and not _is_zlib(data)  # some send it without a header
         try:
             out = _decompress(data, -15 if raw else 47, _JSON_LIMIT)
@@ -4491,7 +4487,7 @@ def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:
     return data
 
 
-def _parse_json(data: bytearray, source: _Source) -> dict[str, Any]:
+def _parse_json(data: bytearray, source: _Source, coding: str) -> dict[str, Any]:
     """Parse UTF-8, UTF-16 or UTF-32, with or without a byte-order mark, into a mapping."""
     with _IMPORTS:
         import json
@@ -4500,7 +4496,8 @@ def _parse_json(data: bytearray, source: _Source) -> dict[str, Any]:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        hint = "This looks like an HTML page" if data.lstrip()[:1] == b"<" else None
+        hint = f"Its Content-Encoding is {_printable(coding)!r}" if coding else None
+        hint = "This looks like an HTML page" if data.lstrip()[:1] == b"<" else hint
         invalid = InvalidJSONError(
             f"Not valid JSON ({_printable(reason)})", uri=source.uri, hint=hint
         )
@@ -4534,8 +4531,8 @@ def _read_json(source: _Source) -> dict[str, Any]:
             patience.after(error)
         else:
             _QUOTA.give()
-            data = _inflate(data, source, answer.headers.get("content-encoding", ""))
-            return _parse_json(data, source)
+            coding = answer.headers.get("content-encoding", "")
+            return _parse_json(_inflate(data, source, coding), source, coding)
 
 
 def _is_offline(offline: bool = False) -> bool:

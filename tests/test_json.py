@@ -214,6 +214,8 @@ CODINGS: list[tuple[str, Callable[[bytes], bytes]]] = [
     ("", bytes),
     ("aws-chunked", bytes),
     ("gzip,aws-chunked", gzip.compress),
+    ("utf-8", bytes),  # as people write who mean a charset
+    ("UTF-8, gzip", gzip.compress),
 ]
 
 
@@ -268,8 +270,8 @@ def test_a_sea_of_zeros_behind_gzip_takes_no_more_than_its_time(tmp_path: Path) 
         ("gzip", TEXT.encode(), "(?i)invalid gzip"),
         ("deflate", b"\x78\x9c\xff\xff", "(?i)invalid deflate"),
         ("gzip", b"", "(?i)gzip|Not valid JSON"),
-        ("br", b"\x0b\x02\x80{}\x03", "Content-Encoding 'br'"),
-        ("bzip2", bz2.compress(b"{}"), "Content-Encoding 'bzip2'"),
+        ("br", b"\x0b\x02\x80{}\x03", "Content-Encoding is 'br'"),
+        ("bzip2", bz2.compress(b"{}"), "Content-Encoding is 'bzip2'"),
     ],
 )
 def test_a_broken_or_unknown_encoding_is_one_clear_error(
