@@ -4468,7 +4468,7 @@ def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:
     """Undo Content-Encoding gzip or deflate, and no more of it than the ceiling (gzip bombs)."""
     import zlib
 
-    if source.kind == "local":  # as it was stored: no JSON begins so
+    if not coding:  # nobody says how it was stored, as of a file: no JSON begins so
         coding = "gzip" if data[:1] == b"\x1f" else "deflate" if _is_zlib(data) else ""
     for name in reversed(coding.lower().split(",")):
         coding = name.strip()
@@ -4689,8 +4689,8 @@ def get_json(
     Returns
     -------
     dict
-        UTF-8, UTF-16 and UTF-32 are understood, with or without a byte-order mark, and so are
-        ``Content-Encoding: gzip`` and ``deflate``. As in 0.1, NaN and Infinity are accepted.
+        UTF-8, UTF-16 and UTF-32 are understood, with or without a byte-order mark, and so are gzip
+        and deflate, with or without a Content-Encoding. As in 0.1, NaN and Infinity are accepted.
 
     Raises
     ------

@@ -236,6 +236,15 @@ def test_they_are_undone_of_what_is_cached_too(
     assert s3c.get_json(get(uri)) == DOCUMENT
 
 
+@pytest.mark.parametrize("squeeze", [gzip.compress, zlib.compress])
+def test_a_document_that_was_squeezed_before_it_was_stored_is_read_from_anywhere(
+    server: Server, publish: Publish, get: Callable[..., Any], squeeze: Callable[[bytes], bytes]
+) -> None:
+    uri = publish(squeeze(TEXT.encode()), key="data.json.gz")
+    for where in (uri, over_http(server, uri), get(uri)):
+        assert s3c.get_json(where) == DOCUMENT
+
+
 def test_gzip_may_come_in_several_members(publish: Publish) -> None:
     half = len(TEXT) // 2  # RFC 1952, 2.2; bgzip and pigz write such files
     data = gzip.compress(TEXT[:half].encode()) + gzip.compress(TEXT[half:].encode())
