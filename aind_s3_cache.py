@@ -6682,7 +6682,9 @@ def _do_get(args: Any) -> int:
     if args.uris == ["-"]:
         if not sys.stdin:
             raise ValueError("Standard input is closed")
-        uris = (line.strip() for line in sys.stdin if line.strip())
+        # Bytes, decoded as arguments are: Windows and odd settings would read another text.
+        lines = getattr(sys.stdin, "buffer", sys.stdin)
+        uris = filter(None, (os.fsdecode(line).strip("\ufeff \t\r\n") for line in lines))
     results = get_local_paths_for_resources(
         uris,
         max_workers=args.jobs,

@@ -105,6 +105,16 @@ def test_get_takes_a_list_on_standard_input(three: list[str], cli: Run, jobs: li
     assert contents == [b"0", b"1", b"2", b"0"]
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_list_is_utf_8_with_or_without_a_mark_whatever_this_python_writes(
+    publish: Publish, cli: Run, encoding: str
+) -> None:
+    uri = publish(b"data", "kéy.txt")
+    done = cli("get", "-", input=f"\ufeff{uri}\r\n", env={"PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(done.stdout.strip()).read_bytes() == b"data"
+
+
 def test_get_takes_an_empty_list(cli: Run) -> None:
     done = cli("get", "-", input="")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
