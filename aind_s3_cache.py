@@ -494,7 +494,7 @@ def _split_s3(uri: str) -> tuple[str, str]:
     """Return bucket and key of a URI that begins with ``s3://``."""
     bucket, _, key = uri[5:].partition("/")
     if not 1 <= len(bucket) <= 255 or not _WORD.issuperset(bucket) or bucket[0] == ".":
-        shown = "" if "@" in uri else f" {_printable(bucket[:80])!r}"
+        shown = "" if "@" in uri else f" '{_printable(bucket[:80])}'"
         raise ValueError(f"Not a valid S3 URI: no bucket can be called{shown} ({_S3_FORM})")
     return bucket, key
 
@@ -521,7 +521,7 @@ def parse_s3_uri(s3_uri: str) -> tuple[str, str]:
     """
     text = _text(s3_uri)
     if _scheme(text) != "s3":
-        raise ValueError(f"Not a valid S3 URI: {_redact_bad(text)!r} ({_S3_FORM})")
+        raise ValueError(f"Not a valid S3 URI: '{_redact_bad(text)}' ({_S3_FORM})")
     return _split_s3(text)
 
 
@@ -788,7 +788,7 @@ def _place(url: str) -> _Place:
     scheme, authority, path, rest = _split_http(url)
     scheme = scheme[:-3].lower()
     userinfo, at, host = authority.rpartition("@")
-    bad = ValueError(f"Not a valid URL: {_redact_bad(url)!r}")
+    bad = ValueError(f"Not a valid URL: '{_redact_bad(url)}'")
     if scheme not in ("http", "https"):
         raise bad
     name, colon, port = host.rpartition(":")
@@ -845,7 +845,7 @@ def _content_length(headers: dict[str, str]) -> int | None:
         sizes = {_digits(part.strip()) for part in raw.split(",")}
         size = sizes.pop()
         if sizes or size is None:
-            raise TransferError(f"Malformed answer: Content-Length {_printable(raw[:80])!r}")
+            raise TransferError(f"Malformed answer: Content-Length '{_printable(raw[:80])}'")
     return size
 
 
@@ -2182,7 +2182,7 @@ def _endpoint_place(endpoint: str) -> _Place:
     try:
         place = _place(endpoint)
         if "?" in place.target:  # the key would become a part of it
-            raise ValueError(f"Not a valid endpoint: {_redact_bad(endpoint)!r} has a query")
+            raise ValueError(f"Not a valid endpoint: '{_redact_bad(endpoint)}' has a query")
     except ValueError as error:
         raise ValueError(f"AWS_ENDPOINT_URL: {error} (expected http://host:port)") from None
     return place
@@ -2516,7 +2516,7 @@ def _no_local_path(text: str) -> NotFoundError:
         hint = "Pass URIs as str: a Path keeps only one slash of two"
     elif text.lstrip().startswith(("s3://", "http://", "https://")):
         hint = "It begins with white space: strip the line that it was read from"
-    return NotFoundError(f"Local path not found: {shown!r}", uri=shown, hint=hint)
+    return NotFoundError(f"Local path not found: '{shown}'", uri=shown, hint=hint)
 
 
 class _File(_Source):
@@ -4348,7 +4348,7 @@ def _local_path(text: str) -> str:
     """Return the absolute path that a path or ``file:`` URI means, ``~`` expanded."""
     scheme = _scheme(text)
     if scheme not in ("", "file"):
-        raise ValueError(f"Unsupported URL or file path: {_redact_bad(text)!r}")
+        raise ValueError(f"Unsupported URL or file path: '{_redact_bad(text)}'")
     path = _file_path(text) if scheme else os.path.expanduser(text)
     return os.path.abspath(path) if path else ""
 
@@ -4401,7 +4401,7 @@ def _cache_dir(cache_dir: StrPath | None) -> str:
         return _absolute(text)
     if _scheme(text) or "\0" in text:
         name = "cache_dir" if cache_dir else "AIND_S3_CACHE_DIR"
-        raise ValueError(f"{name} must be a directory, not {_redact(text)!r}")
+        raise ValueError(f"{name} must be a directory, not '{_redact(text)}'")
     return os.path.abspath(os.path.expanduser(text)) if text else _default_cache_dir()
 
 
@@ -4496,7 +4496,7 @@ def _parse_json(data: bytearray, source: _Source, coding: str) -> dict[str, Any]
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        hint = f"Its Content-Encoding is {_printable(coding)!r}" if coding else None
+        hint = f"Its Content-Encoding is '{_printable(coding)}'" if coding else None
         hint = "This looks like an HTML page" if data.lstrip()[:1] == b"<" else hint
         invalid = InvalidJSONError(
             f"Not valid JSON ({_printable(reason)})", uri=source.uri, hint=hint
@@ -4617,7 +4617,7 @@ def get_json_s3(
     bucket = _text(bucket)
     target = _target(f"s3://{bucket}/{_text(key)}")
     if target.bucket != bucket:
-        raise ValueError(f"Not a valid S3 URI: no bucket can be called {_printable(bucket)!r}")
+        raise ValueError(f"Not a valid S3 URI: no bucket can be called '{_printable(bucket)}'")
     return _load_json(target, _Access(anonymous, s3_client, _is_offline()))
 
 
@@ -4662,7 +4662,7 @@ def get_json_url(url: str) -> dict[str, Any]:
     """
     text = _text(url)
     if _scheme(text) not in ("http", "https"):
-        raise ValueError(f"Not an http(s) URL: {_redact_bad(text)!r}")
+        raise ValueError(f"Not an http(s) URL: '{_redact_bad(text)}'")
     return _load_json(_target(text), _Access(offline=_is_offline()))
 
 
