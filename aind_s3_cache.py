@@ -1589,6 +1589,9 @@ def _tls_context(settings: tuple[str, str, str]) -> ssl.SSLContext:
     return context
 
 
+_CHECK_PROXIES = "Check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
+
+
 def _proxy(origin: Origin) -> _Place | None:
     """Return the proxy for this origin, by the rules of ``urllib.request``."""
     scheme, host, port = origin
@@ -1603,9 +1606,11 @@ def _proxy(origin: Origin) -> _Place | None:
     try:
         place = _place(url if "://" in url else f"http://{url}")
     except ValueError:
-        raise TransferError(f"Unusable proxy setting: {_redact_bad(url)}") from None
+        text = f"Unusable proxy setting: {_redact_bad(url)}"
+        raise TransferError(text, hint=_CHECK_PROXIES) from None
     if place.origin[0] != "http":
-        raise TransferError(f"Unsupported proxy: {place}", hint="Use an http:// proxy")
+        hint = f"Use an http:// proxy. {_CHECK_PROXIES}"
+        raise TransferError(f"Unsupported proxy: {place}", hint=hint)
     return place
 
 
@@ -1658,7 +1663,7 @@ def _raise_wire(error: Exception, place: _Place, proxy: _Place | None = None) ->
     if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
         message = f"Cannot open a connection: {os.strerror(number)}"
         raise CacheError(message, errno=number, hint="Raise `ulimit -n`") from None
-    hint, retry = "Check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY" if proxy else None, "soon"
+    hint, retry = _CHECK_PROXIES if proxy else None, "soon"
     if isinstance(error, socket.gaierror):
         message = f"Cannot resolve {kind}{place.origin[1]}"
         hint = hint or "Check the name, the endpoint and the network"
