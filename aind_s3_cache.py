@@ -488,7 +488,7 @@ def _split_s3(uri: str) -> tuple[str, str]:
     """Return bucket and key of a URI that begins with ``s3://``."""
     bucket, _, key = uri[5:].partition("/")
     if not 1 <= len(bucket) <= 255 or not _WORD.issuperset(bucket) or bucket[0] == ".":
-        shown = "" if "@" in uri else f" {_printable(bucket[:80])!r}"
+        shown = "" if "@" in uri else f" '{_printable(bucket[:80])}'"
         raise ValueError(f"Not a valid S3 URI: no bucket can be called{shown} ({_S3_FORM})")
     return bucket, key
 
@@ -515,7 +515,7 @@ def parse_s3_uri(s3_uri: str) -> tuple[str, str]:
     """
     text = _text(s3_uri)
     if _scheme(text) != "s3":
-        raise ValueError(f"Not a valid S3 URI: {_redact_bad(text)!r} ({_S3_FORM})")
+        raise ValueError(f"Not a valid S3 URI: '{_redact_bad(text)}' ({_S3_FORM})")
     return _split_s3(text)
 
 
@@ -782,7 +782,7 @@ def _place(url: str) -> _Place:
     scheme, authority, path, rest = _split_http(url)
     scheme = scheme[:-3].lower()
     userinfo, at, host = authority.rpartition("@")
-    bad = ValueError(f"Not a valid URL: {_redact_bad(url)!r}")
+    bad = ValueError(f"Not a valid URL: '{_redact_bad(url)}'")
     if scheme not in ("http", "https"):
         raise bad
     name, colon, port = host.rpartition(":")
@@ -839,7 +839,7 @@ def _content_length(headers: dict[str, str]) -> int | None:
         sizes = {_digits(part.strip()) for part in raw.split(",")}
         size = sizes.pop()
         if sizes or size is None:
-            raise TransferError(f"Malformed answer: Content-Length {_printable(raw[:80])!r}")
+            raise TransferError(f"Malformed answer: Content-Length '{_printable(raw[:80])}'")
     return size
 
 
@@ -1578,6 +1578,9 @@ def _tls_context(settings: tuple[str, str, str]) -> ssl.SSLContext:
     return context
 
 
+_CHECK_PROXIES = "Check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
+
+
 def _proxy(origin: Origin) -> _Place | None:
     """Return the proxy for this origin, by the rules of ``urllib.request``."""
     scheme, host, port = origin
@@ -1592,9 +1595,11 @@ def _proxy(origin: Origin) -> _Place | None:
     try:
         place = _place(url if "://" in url else f"http://{url}")
     except ValueError:
-        raise TransferError(f"Unusable proxy setting: {_redact_bad(url)}") from None
+        text = f"Unusable proxy setting: {_redact_bad(url)}"
+        raise TransferError(text, hint=_CHECK_PROXIES) from None
     if place.origin[0] != "http":
-        raise TransferError(f"Unsupported proxy: {place}", hint="Use an http:// proxy")
+        hint = f"Use an http:// proxy. {_CHECK_PROXIES}"
+        raise TransferError(f"Unsupported proxy: {place}", hint=hint)
     return place
 
 
@@ -1647,7 +1652,7 @@ def _raise_wire(error: Exception, place: _Place, proxy: _Place | None = None) ->
     if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
         message = f"Cannot open a connection: {os.strerror(number)}"
         raise CacheError(message, errno=number, hint="Raise `ulimit -n`") from None
-    hint, retry = "Check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY" if proxy else None, "soon"
+    hint, retry = _CHECK_PROXIES if proxy else None, "soon"
     if isinstance(error, socket.gaierror):
         message = f"Cannot resolve {kind}{place.origin[1]}"
         hint = hint or "Check the name, the endpoint and the network"
@@ -2165,7 +2170,7 @@ def _endpoint_place(endpoint: str) -> _Place:
     try:
         place = _place(endpoint)
         if "?" in place.target:  # the key would become a part of it
-            raise ValueError(f"Not a valid endpoint: {_redact_bad(endpoint)!r} has a query")
+            raise ValueError(f"Not a valid endpoint: '{_redact_bad(endpoint)}' has a query")
     except ValueError as error:
         raise ValueError(f"AWS_ENDPOINT_URL: {error} (expected http://host:port)") from None
     return place
@@ -2413,6 +2418,8 @@ class _Signed(_S3):
             raise translated from None
 
     def read(self, fields: Fields, switch: _Stop | None, begun: _Exchange | None = None) -> _Answer:
+        from io import BytesIO
+
         if switch:
             switch.check()
         span = fields.get("Range")
@@ -2429,8 +2436,6 @@ class _Signed(_S3):
             )
         except S3CacheError as error:
             if error.status in (304, 412, 416):
-                from io import BytesIO
-
                 return _Answer(error.status, {}, BytesIO())
             raise
         meta = got.get("ResponseMetadata", {})
@@ -2442,10 +2447,13 @@ class _Signed(_S3):
         if got.get("ContentRange"):
             headers["content-range"] = got["ContentRange"]
         status = meta.get("HTTPStatusCode") or (206 if "content-range" in headers else 200)
-        body = _Stream(got["Body"], self, switch)
-        if span is None:  # nothing is joined to it: what a double leaves out is not missed
-            return _Source._answer(self, status, headers, body)
-        return self._answer(status, headers, body)
+        body = got["Body"]
+        if span is not None:
+            return self._answer(status, headers, _Stream(body, self, switch))
+        # Nothing is joined to it: what a test's double of a client leaves out is not missed.
+        if "content-length" not in headers and not type(body).__module__.startswith("botocore"):
+            body = BytesIO(body.read())  # such a body may give all of itself each time
+        return _Source._answer(self, status, headers, _Stream(body, self, switch))
 
     def list_page(self, prefix: str, token: str | None, switch: _Stop | None) -> Page:
         page = self._call(
@@ -2498,7 +2506,7 @@ def _no_local_path(text: str) -> NotFoundError:
         hint = "Pass URIs as str: a Path keeps only one slash of two"
     elif text.lstrip().startswith(("s3://", "http://", "https://")):
         hint = "It begins with white space: strip the line that it was read from"
-    return NotFoundError(f"Local path not found: {shown!r}", uri=shown, hint=hint)
+    return NotFoundError(f"Local path not found: '{shown}'", uri=shown, hint=hint)
 
 
 class _File(_Source):
@@ -4293,7 +4301,7 @@ def _local_path(text: str) -> str:
     """Return the absolute path that a path or ``file:`` URI means, ``~`` expanded."""
     scheme = _scheme(text)
     if scheme not in ("", "file"):
-        raise ValueError(f"Unsupported URL or file path: {_redact_bad(text)!r}")
+        raise ValueError(f"Unsupported URL or file path: '{_redact_bad(text)}'")
     path = _file_path(text) if scheme else os.path.expanduser(text)
     return os.path.abspath(path) if path else ""
 
@@ -4346,7 +4354,7 @@ def _cache_dir(cache_dir: StrPath | None) -> str:
         return _absolute(text)
     if _scheme(text) or "\0" in text:
         name = "cache_dir" if cache_dir else "AIND_S3_CACHE_DIR"
-        raise ValueError(f"{name} must be a directory, not {_redact(text)!r}")
+        raise ValueError(f"{name} must be a directory, not '{_redact(text)}'")
     return os.path.abspath(os.path.expanduser(text)) if text else _default_cache_dir()
 
 
@@ -4413,16 +4421,12 @@ def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:
     """Undo Content-Encoding gzip or deflate, and no more of it than the ceiling (gzip bombs)."""
     import zlib
 
-    if source.kind == "local":  # as it was stored: no JSON begins so
+    if not coding:  # nobody says how it was stored, as of a file: no JSON begins so
         coding = "gzip" if data[:1] == b"\x1f" else "deflate" if _is_zlib(data) else ""
-    for name in reversed(coding.split(",")):
-        coding = name.strip().lower()
-        if coding in ("", "identity", "aws-chunked"):
+    for name in reversed(coding.lower().split(",")):
+        coding = name.strip()
+        if coding not in ("gzip", "x-gzip", "deflate"):  # "utf-8" is met, and changes nothing
             continue
-        if coding not in ("gzip", "x-gzip", "deflate"):
-            raise InvalidJSONError(
-                f"Unknown Content-Encoding {_printable(coding)!r}", uri=source.uri
-            )
         raw = coding == "deflate" and not _is_zlib(data)  # some send it without a header
         try:
             out = _decompress(data, -15 if raw else 47, _JSON_LIMIT)
@@ -4436,7 +4440,7 @@ def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:
     return data
 
 
-def _parse_json(data: bytearray, source: _Source) -> dict[str, Any]:
+def _parse_json(data: bytearray, source: _Source, coding: str) -> dict[str, Any]:
     """Parse UTF-8, UTF-16 or UTF-32, with or without a byte-order mark, into a mapping."""
     with _IMPORTS:
         import json
@@ -4445,7 +4449,8 @@ def _parse_json(data: bytearray, source: _Source) -> dict[str, Any]:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        hint = "This looks like an HTML page" if data.lstrip()[:1] == b"<" else None
+        hint = f"Its Content-Encoding is '{_printable(coding)}'" if coding else None
+        hint = "This looks like an HTML page" if data.lstrip()[:1] == b"<" else hint
         invalid = InvalidJSONError(
             f"Not valid JSON ({_printable(reason)})", uri=source.uri, hint=hint
         )
@@ -4479,8 +4484,8 @@ def _read_json(source: _Source) -> dict[str, Any]:
             patience.after(error)
         else:
             _QUOTA.give()
-            data = _inflate(data, source, answer.headers.get("content-encoding", ""))
-            return _parse_json(data, source)
+            coding = answer.headers.get("content-encoding", "")
+            return _parse_json(_inflate(data, source, coding), source, coding)
 
 
 def _is_offline(offline: bool = False) -> bool:
@@ -4565,7 +4570,7 @@ def get_json_s3(
     bucket = _text(bucket)
     target = _target(f"s3://{bucket}/{_text(key)}")
     if target.bucket != bucket:
-        raise ValueError(f"Not a valid S3 URI: no bucket can be called {_printable(bucket)!r}")
+        raise ValueError(f"Not a valid S3 URI: no bucket can be called '{_printable(bucket)}'")
     return _load_json(target, _Access(anonymous, s3_client, _is_offline()))
 
 
@@ -4610,7 +4615,7 @@ def get_json_url(url: str) -> dict[str, Any]:
     """
     text = _text(url)
     if _scheme(text) not in ("http", "https"):
-        raise ValueError(f"Not an http(s) URL: {_redact_bad(text)!r}")
+        raise ValueError(f"Not an http(s) URL: '{_redact_bad(text)}'")
     return _load_json(_target(text), _Access(offline=_is_offline()))
 
 
@@ -4637,8 +4642,8 @@ def get_json(
     Returns
     -------
     dict
-        UTF-8, UTF-16 and UTF-32 are understood, with or without a byte-order mark, and so are
-        ``Content-Encoding: gzip`` and ``deflate``. As in 0.1, NaN and Infinity are accepted.
+        UTF-8, UTF-16 and UTF-32 are understood, with or without a byte-order mark, and so are gzip
+        and deflate, with or without a Content-Encoding. As in 0.1, NaN and Infinity are accepted.
 
     Raises
     ------
@@ -6580,24 +6585,25 @@ def _record(value: _Record) -> dict[str, Any]:
     return {name.strip("_"): getattr(value, name) for name in value.__slots__}
 
 
-def _to_nowhere(fd: int) -> None:
-    """Send what is still unwritten to nowhere: the interpreter must not fail with it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-
-
 def _say(text: str) -> None:
-    """Print a line on stderr; nothing where that is closed, for ``print`` would take stdout."""
+    """Print a line on stderr."""
     try:
-        if sys.stderr:
-            print(text, file=sys.stderr)
+        print(text, file=sys.stderr)
     except OSError:  # nobody reads it: stdout and the exit code say what there is to say
-        _to_nowhere(2)
+        pass
+
+
+def _complain(error: Exception) -> None:
+    """Say an error on one line, in the words of this interface."""
+    text = f"aind-s3-cache: {error}".replace("anonymous=True", "--anonymous")
+    _say(text.replace("anonymous=False", "--signed"))
 
 
 def _is_known(error: Exception) -> bool:
     """Tell whether an error is one line to the user rather than a bug of ours."""
     foreign = any(cls.__module__.startswith("botocore") for cls in type(error).__mro__)
-    return foreign or isinstance(error, (S3CacheError, ValueError, TypeError, OSError))
+    ours = S3CacheError, ValueError, TypeError, OSError, RecursionError  # of a document's depth
+    return foreign or isinstance(error, ours)
 
 
 def _do_get(args: Any) -> int:
@@ -6605,7 +6611,9 @@ def _do_get(args: Any) -> int:
     if args.uris == ["-"]:
         if not sys.stdin:
             raise ValueError("Standard input is closed")
-        uris = (line.strip() for line in sys.stdin if line.strip())
+        # Bytes, decoded as arguments are: Windows and odd settings would read another text.
+        lines = getattr(sys.stdin, "buffer", sys.stdin)
+        uris = filter(None, (os.fsdecode(line).strip("\ufeff \t\r\n") for line in lines))
     results = get_local_paths_for_resources(
         uris,
         max_workers=args.jobs,
@@ -6624,7 +6632,7 @@ def _do_get(args: Any) -> int:
             if not _is_known(result):
                 raise result
             failed = 1
-            _say(f"aind-s3-cache: {result}")
+            _complain(result)
         else:
             print(_json_line(_record(result)) if args.json else os.fspath(result))
     return failed
@@ -6655,6 +6663,7 @@ def _manager(args: Any) -> CacheManager:
 def _do_ls(args: Any) -> int:
     if args.uri:
         bucket, prefix = parse_s3_uri(args.uri)
+        _check_key(prefix)
         access = _Access(args.anonymous)
         if _is_offline():
             raise OfflineError("Keys are not listed offline", uri=args.uri)
@@ -6764,15 +6773,6 @@ def _parser() -> Any:
     return top
 
 
-def _leave_stdout(code: int) -> int:
-    try:
-        if sys.stdout:  # closed from the start, it is None
-            sys.stdout.flush()
-    except OSError:
-        _to_nowhere(1)
-    return code
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -6786,27 +6786,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0; 1 for a known error, said in one line on stderr; 2 for wrong usage; 130 for Ctrl-C.
     """
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure:  # paths may hold any bytes, documents any text
-            reconfigure(encoding="utf-8", errors="surrogateescape")
+    from io import StringIO
+
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed from the start: print and argparse would take the other one
+            stream = StringIO()
+            setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):  # paths may hold any bytes, documents any text
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         args = _parser().parse_args(argv)
         code: int = args.act(args)
-        if sys.stdout:
-            sys.stdout.flush()
-        return code
+        sys.stdout.flush()
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0 if end.code is None else 2
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read us has seen enough
-        return _leave_stdout(0)
+        code = 0
     except Exception as error:
         if not _is_known(error):
             raise
-        _say(f"aind-s3-cache: {error}")
-        return _leave_stdout(1) if isinstance(error, OSError) else 1
+        _complain(error)
+        code = 1
+    for fd, stream in enumerate((sys.stdout, sys.stderr), 1):
+        try:
+            stream.flush()
+        except OSError:  # what cannot be written must not fail the interpreter at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+    return code
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ BAD_URIS: list[tuple[Any, type[Exception], str]] = [
     ("https:host/key?sig", s3c.NotFoundError, "Local path not found: 'https:host/key'$"),
     ("s3:/user:se/cret@bucket/key", s3c.NotFoundError, LOST_SLASH),
     ("a@b/c:/d?e", s3c.NotFoundError, r"Local path not found: .*a@b/c:/d\?e'$"),
+    (r"C:\no\file", s3c.NotFoundError, r"Local path not found: 'C:\\no\\file'$"),
+    ("\ufeffa\nb", s3c.NotFoundError, r"Local path not found: '\\ufeffa\\nb'$"),
     ("s3://", ValueError, NOT_S3),
     ("s3://bucket", ValueError, NOT_S3),
     ("s3://bucket/", ValueError, NOT_S3),

@@ -104,6 +104,16 @@ def test_get_takes_a_list_on_standard_input(three: list[str], cli: Run, jobs: li
     assert contents == [b"0", b"1", b"2", b"0"]
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_list_is_utf_8_with_or_without_a_mark_whatever_this_python_writes(
+    publish: Publish, cli: Run, encoding: str
+) -> None:
+    uri = publish(b"data", "kéy.txt")
+    done = cli("get", "-", input=f"\ufeff{uri}\r\n", env={"PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(done.stdout.strip()).read_bytes() == b"data"
+
+
 def test_get_takes_an_empty_list(cli: Run) -> None:
     done = cli("get", "-", input="")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -242,6 +252,14 @@ def test_json_explains_what_is_no_mapping(
     assert "Traceback" not in said.err
 
 
+def test_json_says_that_a_document_is_nested_too_deeply(
+    publish: Publish, run: Callable[..., Said]
+) -> None:
+    uri = publish('{"a":' * 975 + "1" + "}" * 975)  # Python 3.12 reads it, but cannot print it
+    said = run("json", uri)
+    assert (said.code, bool(said.out), len(said.err.splitlines())) in ((0, True, 0), (1, False, 1))
+
+
 def test_json_json_is_one_line(document: str, run: Callable[..., Said]) -> None:
     assert run("json", "--json", document).records == [DOCUMENT]
     assert json.loads(run("json", "--json", document, "subject.name").out) == "Ünï"
@@ -287,6 +305,12 @@ def test_ls_of_nothing_says_nothing(publish: Publish, run: Callable[..., Said]) 
 def test_ls_lists_s3_only(run: Callable[..., Said], uri: str) -> None:
     said = run("ls", uri)
     assert (said.code, len(said.err.splitlines())) == (1, 1)
+
+
+def test_a_prefix_that_no_key_can_have_is_said_so(run: Callable[..., Said]) -> None:
+    said = run("ls", f"s3://{BUCKET}/a\udcff")
+    assert (said.code, said.out) == (1, "")
+    assert said.err == "aind-s3-cache: Not a valid S3 key: lone surrogate in 'a\\udcff'\n"
 
 
 def test_ls_offline_lists_the_cache_alone(
@@ -502,6 +526,14 @@ def test_a_known_error_is_one_line_and_one(
     assert said.err.startswith("aind-s3-cache: ")
 
 
+@pytest.mark.parametrize("verb", ["get", "json"])
+def test_a_hint_names_the_option_not_the_argument(
+    publish: Publish, run: Callable[..., Said], verb: str
+) -> None:
+    said = run(verb, "--anonymous", publish(b"x", private=True))
+    assert (said.code, "--anonymous" in said.err, "anonymous=" in said.err) == (1, True, False)
+
+
 def test_an_unusable_cache_is_one_line(
     publish: Publish, run: Callable[..., Said], tmp_path: Path
 ) -> None:
@@ -618,7 +650,17 @@ def test_an_error_with_stdout_closed_is_one_line(tmp_path: Path) -> None:
 
 
 @posix_only
-@pytest.mark.parametrize("verb", ["json /not-there", "verify"])
+@pytest.mark.parametrize("args", ["--help >", "--version >", "wrong 2>"])
+def test_a_full_stream_is_no_traceback_where_argparse_writes_either(args: str) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    command = f"'{sys.executable}' '{SUBJECT_FILE}' {args}/dev/full"
+    done = subprocess.run(["sh", "-c", command], capture_output=True)
+    assert (done.returncode < 3, done.stdout, done.stderr) == (True, b"", b"")
+
+
+@posix_only
+@pytest.mark.parametrize("verb", ["json /not-there", "verify", "wrong-usage"])
 def test_nothing_but_data_comes_on_stdout_where_stderr_is_closed(verb: str) -> None:
     command = f"'{sys.executable}' '{SUBJECT_FILE}' {verb} 2>&-"
     assert subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE).stdout == b""

@@ -16,6 +16,7 @@ import warnings
 import zlib
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
@@ -211,6 +212,8 @@ CODINGS: list[tuple[str, Callable[[bytes], bytes]]] = [
     ("", bytes),
     ("aws-chunked", bytes),
     ("gzip,aws-chunked", gzip.compress),
+    ("utf-8", bytes),  # as people write who mean a charset
+    ("UTF-8, gzip", gzip.compress),
 ]
 
 
@@ -229,6 +232,15 @@ def test_they_are_undone_of_what_is_cached_too(
 ) -> None:
     uri = publish(squeeze(TEXT.encode()), headers={"Content-Encoding": coding})
     assert s3c.get_json(get(uri)) == DOCUMENT
+
+
+@pytest.mark.parametrize("squeeze", [gzip.compress, zlib.compress])
+def test_a_document_that_was_squeezed_before_it_was_stored_is_read_from_anywhere(
+    server: Server, publish: Publish, get: Callable[..., Any], squeeze: Callable[[bytes], bytes]
+) -> None:
+    uri = publish(squeeze(TEXT.encode()), key="data.json.gz")
+    for where in (uri, over_http(server, uri), get(uri)):
+        assert s3c.get_json(where) == DOCUMENT
 
 
 def test_gzip_may_come_in_several_members(publish: Publish) -> None:
@@ -265,8 +277,8 @@ def test_a_sea_of_zeros_behind_gzip_takes_no_more_than_its_time(tmp_path: Path) 
         ("gzip", TEXT.encode(), "(?i)invalid gzip"),
         ("deflate", b"\x78\x9c\xff\xff", "(?i)invalid deflate"),
         ("gzip", b"", "(?i)gzip|Not valid JSON"),
-        ("br", b"\x0b\x02\x80{}\x03", "Content-Encoding 'br'"),
-        ("bzip2", bz2.compress(b"{}"), "Content-Encoding 'bzip2'"),
+        ("br", b"\x0b\x02\x80{}\x03", "Content-Encoding is 'br'"),
+        ("bzip2", bz2.compress(b"{}"), "Content-Encoding is 'bzip2'"),
     ],
 )
 def test_a_broken_or_unknown_encoding_is_one_clear_error(
@@ -562,7 +574,15 @@ class Double:
         return {"Body": self.body}
 
 
-@pytest.mark.parametrize("body", [io.BytesIO, Reader])
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(io.BytesIO, Reader),
+        lambda data: SimpleNamespace(read=lambda: data),
+        lambda data: SimpleNamespace(read=lambda *_: data),  # as `Mock(return_value=data)`
+    ],
+)
+@pytest.mark.usefixtures("low_ceiling")
 def test_a_double_of_a_client_will_do(body: Callable[[bytes], Any]) -> None:
     double = Double(body(b'{"subject": 1}'))
     assert s3c.get_json("s3://bucket/x.json", s3_client=double) == {"subject": 1}
