@@ -132,19 +132,13 @@ if TYPE_CHECKING:
     Fields = dict[str, str]  # of a request: range and conditions, by name
     Reply = tuple[int, dict[str, str], "_Body"]  # status, headers and body
     Page = tuple[list["_Key"], Union[str, None]]  # of a listing, and the token of the next
+    WriteChunks = Callable[[memoryview, int, bytes], None]  # at an offset, with their CRC32s
 
     class Reader(Protocol):
         """What a transfer reads from."""
 
         def readinto(self, view: memoryview, /) -> int: ...
         def close(self) -> None: ...
-
-    class _ChunkFile(Protocol):
-        """What a transfer writes chunks to."""
-
-        def write(self, view: memoryview, offset: int) -> None: ...
-        def finish(self, index: int, crcs: bytes) -> None: ...
-        def restart(self) -> None: ...
 
 
 # ==== 1 Defaults ==================================================================================
@@ -2784,10 +2778,10 @@ class _Chunks(_Sink):
     """The way to a file, some chunks at a time through one reused buffer."""
 
     def __init__(
-        self, file: _ChunkFile, view: memoryview, progress: Callable[[int], object], at: int
+        self, write: WriteChunks, view: memoryview, progress: Callable[[int], object], at: int
     ) -> None:
         super().__init__(view, progress, at)
-        self._file = file
+        self._write = write
         self._base = self._end = at  # of what the buffer holds, and of what it may hold
         self._due = time.monotonic() + _LOG_EVERY
 
@@ -2806,8 +2800,7 @@ class _Chunks(_Sink):
 
     def _flush(self, size: int) -> None:
         whole, left = self.view[:size], self.at - self._base - size
-        self._file.write(whole, self._base)
-        self._file.finish(self._base // _CHUNK, _crcs(whole))
+        self._write(whole, self._base, _crcs(whole))
         self.view[:left] = self.view[size : size + left]
         self._base += size
         self._due = time.monotonic() + _LOG_EVERY
@@ -2819,7 +2812,6 @@ class _Chunks(_Sink):
     def rewind(self) -> None:
         super().rewind()
         self._base = 0
-        self._file.restart()
 
 
 def _resume(
@@ -3151,19 +3143,16 @@ def _parse_entry(path: str) -> _Entry | None:
         return None
 
 
-def _write_all(fd: int, view: memoryview, offset: int | None = None) -> None:
+def _write_all(fd: int, view: memoryview, offset: int = 0) -> None:
     """Write all of view; a write may be short (write(2))."""
     while len(view):
-        if offset is None:
-            size = os.write(fd, view)
-        elif hasattr(os, "pwrite"):
+        if hasattr(os, "pwrite"):
             size = os.pwrite(fd, view, offset)
         else:
             with _SEEK_LOCK:  # Windows has no positional write
                 os.lseek(fd, offset, os.SEEK_SET)
                 size = os.write(fd, view)
-        view = view[size:]
-        offset = None if offset is None else offset + size
+        view, offset = view[size:], offset + size
 
 
 _SEEK_LOCK = threading.Lock()
@@ -3660,26 +3649,16 @@ class _Spool:
         self._path = _aside(self.directory)
         with _Disk(self.directory, need):
             self._fd = store.create(self._path, os.O_WRONLY, 0o600 if private else _FINAL)
-        self._reset()
 
-    def _reset(self) -> None:
-        self.crcs = bytearray()
-        self._hashes = {name: _hasher(name) for name in self._names}
-
-    def write(self, view: memoryview, offset: int) -> None:
+    def write(self, view: memoryview, offset: int, crcs: bytes) -> None:
+        if offset == 0:  # or again from there: as many bytes, in place of the others
+            self.crcs = bytearray()
+            self._hashes = {name: _hasher(name) for name in self._names}
         with _Disk(self.directory, self.need):
-            _write_all(self._fd, view)
+            _write_all(self._fd, view, offset)
         for digest in self._hashes.values():
             digest.update(view)
-
-    def finish(self, index: int, crcs: bytes) -> None:
         self.crcs += crcs
-
-    def restart(self) -> None:
-        with _Disk(self.directory, self.need):
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            os.ftruncate(self._fd, 0)
-        self._reset()
 
     def digest(self, name: str) -> bytes:
         return bytes(self._hashes[name].digest())
@@ -3768,13 +3747,11 @@ class _Partial:
             self.claim(at, end)
         return at * _CHUNK, min(end * _CHUNK, self.total)
 
-    def write(self, view: memoryview, offset: int) -> None:
+    def write(self, view: memoryview, offset: int, crcs: bytes) -> None:
+        """Write whole chunks, and note that they are done."""
         with _Disk(self.path + ".data", self.total):
             _write_all(self.fd, view, offset)
-
-    def finish(self, index: int, crcs: bytes) -> None:
-        """Note chunks that are wholly written, from this one on."""
-        count = len(crcs) // 4
+        index, count = offset // _CHUNK, len(crcs) // 4
         with self.lock:
             for n in range(count):
                 # A server that ignores the range of a resume sends again what is hashed already.
@@ -3818,8 +3795,7 @@ class _Partial:
             file.seek(start)
             data = file.read(stop - start)
             if len(data) == stop - start and _crcs(data) == crc:
-                self.write(memoryview(data), start)
-                self.finish(index, crc)
+                self.write(memoryview(data), start, crc)
                 return len(data)
         finally:
             with self.lock:
@@ -3864,9 +3840,6 @@ class _Partial:
         self.store.confirm(final)  # validated now, not when the last byte was written
         self.store.drop_partials(self.key)
         return final
-
-    def restart(self) -> None:
-        """Chunks may be written again: of one version, they are the same."""
 
     def hold(self) -> None:
         with self.lock:
@@ -5238,7 +5211,7 @@ class _Download:
     def _fetch(
         self, answer: _Answer | None, start: int, stop: int, buffer: memoryview, patience: _Patience
     ) -> None:
-        sink = _Chunks(self.file, buffer, self.count, start)
+        sink = _Chunks(self.file.write, buffer, self.count, start)
         asked = answered = time.monotonic()
         if answer is None:
             answer = _resume(self.source, sink, stop, self.etag, self.total, patience)
@@ -5500,7 +5473,7 @@ class _Fetch:
         total = answer.total
         file = _Spool(self.store, self.ident, self.source.private, total or 0, names)
         try:
-            sink = _Chunks(file, _buffer(answer.body), self.tally, 0)
+            sink = _Chunks(file.write, _buffer(answer.body), self.tally, 0)
             if total is None:
                 _pull_to_end(answer, sink, self.patience)
             else:

@@ -102,6 +102,10 @@ ssize_t write(int fd, const void *data, size_t size) {
     if (fd_fails("write", fd)) return -1;
     return NEXT(ssize_t, write, int, const void *, size_t)(fd, data, size);
 }
+ssize_t pwrite64(int fd, const void *data, size_t size, off_t at) {
+    if (fd_fails("write", fd)) return -1;
+    return NEXT(ssize_t, pwrite64, int, const void *, size_t, off_t)(fd, data, size, at);
+}
 ssize_t pread64(int fd, void *data, size_t size, off_t at) {
     if (fd_fails("short", fd) && size > 1) size /= 2;
     return NEXT(ssize_t, pread64, int, void *, size_t, off_t)(fd, data, size, at);
