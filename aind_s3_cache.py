@@ -1181,7 +1181,7 @@ class _Turn:
             if not self._taken or self._kept:
                 if self._kept != me:
                     here.since = now
-                self._taken, self._kept = True, 0
+                self._taken, self._kept, here.held = True, 0, True
                 return
             gate, moves = threading.Lock(), self._moves
             gate.acquire()
@@ -1204,14 +1204,14 @@ class _Turn:
             if not waits:
                 self._give()
             raise
-        here.since = time.monotonic()
+        here.since, here.held = time.monotonic(), True
 
     def _give(self) -> None:
         """Pass the turn on."""
+        self.here.held = False
         with self._mutex:
-            self._taken, self._kept, self._moves = False, 0, self._moves + 1
+            self._taken, self._kept, self._moves = bool(self._waiters), 0, self._moves + 1
             if self._waiters:
-                self._taken = True
                 self._waiters.pop(0).release()
 
     def enter(self) -> bool:
@@ -1223,7 +1223,6 @@ class _Turn:
             here.inside = True
             here.quick = time.monotonic() - here.left < _TURN_GAP
             self._take()
-            here.held = True
         except BaseException:
             self.exit(True)
             raise
@@ -1234,18 +1233,16 @@ class _Turn:
             return
         here, now = self.here, time.monotonic()
         keep = self._waiters and here.quick and now - here.since < _TURN_KEEP and now > self._doubt
-        if here.held:
+        if here.held and keep:
             here.held = False
-            if keep:
-                self._kept_since, self._kept = now, threading.get_ident()
-            else:
-                self._give()
+            self._kept_since, self._kept = now, threading.get_ident()
+        elif here.held:
+            self._give()
         here.left, here.inside = now, False
 
     def leave(self) -> None:
         """Let another thread work: this one is about to wait."""
         if self.here.held:
-            self.here.held = False
             self._give()
 
     def pause(self) -> None:
@@ -1254,7 +1251,6 @@ class _Turn:
         if here.held:
             here.asked = time.monotonic()
             if not (self._near and self._waiters):
-                here.held = False
                 self._give()
 
     def resume(self) -> None:
@@ -1264,7 +1260,6 @@ class _Turn:
             self._near = time.monotonic() - here.asked < _TURN_NEAR
             if not here.held:
                 self._take()
-                here.held = True
 
 
 _TURN = _Turn()
