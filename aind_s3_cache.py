@@ -4924,10 +4924,8 @@ class _Flight:
     server that stalls would keep the last of them for as many minutes as there are threads.
     """
 
-    def __init__(
-        self, store: _Store, ident: str, switch: _Stop | None, shares: bool = False
-    ) -> None:
-        self._key, self._switch, self._shares = (store.root, ident), switch, shares
+    def __init__(self, key: tuple[str, str], switch: _Stop | None, shares: bool = False) -> None:
+        self._key, self._switch, self._shares = key, switch, shares
 
     def acquire(self, blocking: bool = True) -> bool:
         me = threading.get_ident()
@@ -5496,7 +5494,7 @@ class _Fetch:
 
         switch = self.opt.switch
         # Both may fail to exclude: then two download, and the store is none the worse.
-        flight, lock = _Flight(self.store, self.ident, switch), _Lock(self.store, self.ident)
+        flight, lock = _Flight(self.key, switch), _Lock(self.store, self.ident)
         first = flight.acquire(blocking=False)
         if not first:
             answer.body.close()
@@ -5505,8 +5503,7 @@ class _Fetch:
             if first and not lock.acquire() and not self.waited:
                 answer.body.close()
                 first = False
-            wait = partial(_await_peer, self.store, self.ident, lock, found, switch)
-            entry = found() if first else wait()
+            entry = found() if first else _await_peer(self.store, self.ident, lock, found, switch)
             self.waited = self.waited or not first
             if entry and self.store.confirm(entry.path):
                 return entry.path, True
@@ -5659,11 +5656,6 @@ def _check_files(files: dict[str, _Key], folds: bool) -> None:
             raise CacheError(f"Both file and directory: {folder!r}", errno=errno.ENOTDIR)
         if folded.setdefault(fold(folder), folder) != folder:
             raise CacheError(f"Directories differ only in case: {folder!r}", errno=errno.EEXIST)
-
-
-def _folds_case(store: _Store) -> bool:
-    """Tell whether this file system takes ``A`` for ``a``; the cache's tag is there to ask."""
-    return os.path.exists(os.path.join(store.root, "cachedir.tag"))
 
 
 def _quietly(look: Callable[[T, _Options], _Fetch | None], item: T, opt: _Options) -> _Fetch | None:
@@ -5896,7 +5888,7 @@ class _Tree:
         tail = _tail(self.source.name, _NAME_LIMIT - len(head))
         path = os.path.join(self.store.trees, head + tail)
         # Who waits for another thread's finds it whole.
-        with _Flight(self.store, self.id, self.opt.switch):
+        with _Flight((self.store.root, self.id), self.opt.switch):
             if self.store.confirm(path) and _is_whole_tree(path, files):
                 return _result(self.source, path, "revalidated", None, size)
             if not self.assemble(path, files):
@@ -5910,7 +5902,8 @@ class _Tree:
         try:
             with _Disk(self.store.trees):
                 self.store.make(self.store.trees)
-                if _folds_case(self.store):
+                # A file system that takes "A" for "a" shows it by the cache's tag.
+                if os.path.exists(os.path.join(self.store.root, "cachedir.tag")):
                     _check_files(files, True)
                 os.mkdir(aside, 0o700 if self.source.private else 0o777)
             self.fill(aside, files)
@@ -5975,7 +5968,7 @@ class _Tree:
             entry = self.entry(key, look)
             if entry:
                 return entry.path
-            with _Flight(self.store, look.ident, opt.switch):
+            with _Flight(look.key, opt.switch):
                 entry = self.entry(key, look) if look.renew() else None
                 if entry:  # another tree has fetched it
                     return entry.path
@@ -6028,7 +6021,7 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
         if fetch.held:
             return fetch.run()
         # Not where a client of boto3 asks: the next caller's may be set up otherwise.
-        with _Flight(store, fetch.ident, opt.switch, not source.signed):
+        with _Flight(fetch.key, opt.switch, not source.signed):
             awaited = store.recently_partial() and store.pulse(fetch.ident) > 0
             if awaited:
                 lock = _Lock(store, fetch.ident)
