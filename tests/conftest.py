@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -34,6 +36,9 @@ AWS_HOSTS = [
     f"{star}s3.{region}amazonaws.com" for star in ("*.", "") for region in ("", "us-west-2.")
 ]
 
+Publish = Callable[..., str]
+Get = Callable[..., Any]
+AsNobody = Callable[[Callable[[], Any]], Any]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Spawn = Callable[..., "subprocess.Popen[str]"]
 
@@ -50,6 +55,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("boto3"):
             item.add_marker(pytest.mark.skip(reason="boto3 is not installed"))
+
+
+def blob(size: int, seed: int = 0) -> bytes:
+    """Bytes that repeat only after a while, so that a chunk in the wrong place shows."""
+    block = b"".join(hashlib.sha256(b"%d %d" % (seed, i)).digest() for i in range(8191))
+    return (block * (size // len(block) + 1))[:size]
+
+
+def basic(userinfo: str) -> str:
+    return "Basic " + base64.b64encode(userinfo.encode()).decode()
+
+
+def failing(get: Get, uri: str, error: Any = None, **options: Any) -> Any:
+    """The error that a call ends with."""
+    with pytest.raises(error or s3c.TransferError) as caught:
+        get(uri, **options)
+    return caught.value
 
 
 # ==== Around every test =======================================================================
@@ -138,6 +160,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A loopback S3 server, set as the endpoint."""
     with Server() as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        yield server
+
+
+@pytest.fixture
+def other() -> Iterator[Server]:
+    """A second server: a proxy, or another origin."""
+    with Server() as server:
         yield server
 
 

@@ -18,13 +18,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Run
+from conftest import BUCKET, Get, Publish, Run
 from server import BYE, RESET, STALL, Server
 from subject import name as subject_name
 from subject import s3c
-
-Publish = Callable[..., str]
-Get = Callable[..., Any]
 
 
 @pytest.fixture

@@ -18,13 +18,12 @@ from typing import Any, Callable
 from urllib.parse import quote
 
 import pytest
-from conftest import BUCKET, NOBODY, Run
+from conftest import BUCKET, NOBODY, Publish, Run
 from server import Server
 from subject import s3c
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
 
-Publish = Callable[..., str]
 TICK = 0.02  # seconds: the clock of a file system tells two versions apart after some milliseconds
 
 
@@ -41,13 +40,6 @@ class Getter:
 @pytest.fixture
 def get(cache: Path) -> Getter:
     return Getter(cache)
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries that do not wait."""
-    monkeypatch.setattr(s3c, "_RETRY_BASE", 0.0005)
-    monkeypatch.setattr(s3c, "_RETRY_BASE_THROTTLED", 0.0005)
 
 
 def files_below(path: Path) -> list[Path]:

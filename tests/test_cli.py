@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, SUBJECT_FILE, Run
+from conftest import BUCKET, SUBJECT_FILE, Publish, Run
 from server import Server
 from subject import s3c
 
-Publish = Callable[..., str]
 posix_only = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and pipes")
 
 

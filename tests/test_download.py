@@ -21,13 +21,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Run, new_client
+from conftest import BUCKET, Get, Publish, Run, new_client
 from server import CLOSE, RESET, STALL, Answer, Request, Server, chunked, pick_range
 from subject import name as subject_name
 from subject import s3c
-
-Get = Callable[..., Any]
-Publish = Callable[..., str]
 
 # With `small_parts`: kept in memory; one range, written in order; several ranges.
 SMALL, MEDIUM, LARGE = 10_000, 200_000, 1_000_000

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Run
+from conftest import BUCKET, Publish, Run
 from server import CLOSE, Server
 from subject import s3c
-
-Publish = Callable[..., str]
 
 FAMILY: dict[str, tuple[type, ...]] = {
     "S3CacheError": (Exception,),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Run
+from conftest import BUCKET, Publish, Run
 from server import CLOSE, Server
 from subject import s3c
 
@@ -29,8 +29,6 @@ ENCODINGS = [
     *("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"),
     *("utf-32", "utf-32-le", "utf-32-be"),
 ]
-
-Publish = Callable[..., str]
 
 
 def over_http(server: Server, uri: str) -> str:

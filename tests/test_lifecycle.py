@@ -17,19 +17,13 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import SUBJECT_FILE, Run, Spawn
+from conftest import SUBJECT_FILE, Publish, Run, Spawn, blob
 from server import Server
 from subject import name as subject_name
 from subject import s3c
 
 MiB = 1 << 20
-Publish = Callable[..., str]
 posix = pytest.mark.skipif(os.name != "posix", reason="fork, signals and users are of POSIX")
-
-
-def blob(size: int) -> bytes:
-    block = b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(8191))
-    return (block * (size // len(block) + 1))[:size]
 
 
 # ==== Fork ====================================================================================

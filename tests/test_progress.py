@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, SUBJECT_FILE, Run
+from conftest import BUCKET, SUBJECT_FILE, Publish, Run
 from server import RESET, Server
 from subject import name as subject_name
 from subject import s3c
 
-Publish = Callable[..., str]
 MiB = 1 << 20
 
 

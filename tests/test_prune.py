@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from conftest import NOBODY, Run
+from conftest import NOBODY, Get, Publish, Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from server import Server
@@ -25,8 +25,6 @@ MiB = 1 << 20
 HOUR, DAY = 3600.0, 86400.0
 GRACE = HOUR + 300  # since the last stamp: it may be that much older than the last use
 NOW = 1_700_000_000.0
-Publish = Callable[..., str]
-Get = Callable[..., Any]
 
 
 # ==== Builders ================================================================================

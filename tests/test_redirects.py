@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from conftest import Get, Publish, basic, failing
 from server import STALL, Request, Server, s3_error
 from subject import s3c
-
-Get = Callable[..., Any]
-Publish = Callable[..., str]
-
-
-@pytest.fixture
-def other() -> Iterator[Server]:
-    """Another origin."""
-    with Server() as server:
-        yield server
-
-
-def basic(userinfo: str) -> str:
-    return "Basic " + base64.b64encode(userinfo.encode()).decode()
-
-
-def failing(get: Get, uri: str, error: Any = None, **options: Any) -> Any:
-    with pytest.raises(error or s3c.TransferError) as caught:
-        get(uri, **options)
-    return caught.value
-
 
 # ==== Of URLs =================================================================================
 

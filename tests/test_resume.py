@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import NOBODY, Spawn
+from conftest import NOBODY, Get, Publish, Spawn, blob
 from server import RESET, Server
 from subject import s3c
 
@@ -27,18 +27,11 @@ DAY = 86400.0
 SIZE = 32 * MiB
 CHUNK: int = s3c._CHUNK
 COUNT = SIZE // CHUNK
-Publish = Callable[..., str]
-Get = Callable[..., Any]
 
 pytestmark = [
     pytest.mark.leftovers,
     pytest.mark.skipif(os.name != "posix", reason="kills processes by signal"),
 ]
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    block = b"".join(hashlib.sha256(b"%d %d" % (seed, i)).digest() for i in range(8191))
-    return (block * (size // len(block) + 1))[:size]
 
 
 DATA, OTHER = blob(SIZE), blob(SIZE, 1)

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import NOBODY, Run
+from conftest import NOBODY, AsNobody, Publish, Run
 from server import Server
 from subject import s3c
 
 MiB = 1 << 20
-Publish = Callable[..., str]
-AsNobody = Callable[[Callable[[], Any]], Any]
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="users and modes are of POSIX")
 

@@ -18,19 +18,12 @@ from types import FrameType
 from typing import Any, Callable
 
 import pytest
-from conftest import Run, Spawn
+from conftest import Get, Publish, Run, Spawn, blob
 from server import Request, Server
 from subject import s3c
 
 MiB = 1 << 20
-Publish = Callable[..., str]
-Get = Callable[..., Any]
 posix = pytest.mark.skipif(os.name != "posix", reason="flock and its failures are of POSIX")
-
-
-def blob(size: int) -> bytes:
-    block = b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(8191))
-    return (block * (size // len(block) + 1))[:size]
 
 
 def sha(data: bytes) -> str:

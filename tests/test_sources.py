@@ -21,12 +21,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Run, new_client
+from conftest import BUCKET, Get, Publish, Run, new_client
 from server import CLOSE, STALL, Server, s3_error
 from subject import s3c
 
-Get = Callable[..., Any]
-Publish = Callable[..., str]
 KEYS = {
     "AWS_ACCESS_KEY_ID": "key",
     "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",

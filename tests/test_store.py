@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import stat
@@ -16,24 +15,15 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import NOBODY, Run
+from conftest import NOBODY, AsNobody, Get, Publish, Run, blob
 from server import Server
 from subject import name as subject_name
 from subject import s3c
 
 MiB = 1 << 20
-Publish = Callable[..., str]
-Get = Callable[..., Any]
-AsNobody = Callable[[Callable[[], Any]], Any]
 Mount = Callable[..., Path]
 
 posix = pytest.mark.skipif(os.name != "posix", reason="modes and special files are of POSIX")
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    """Bytes that repeat only after a while, so that a chunk in the wrong place shows."""
-    block = b"".join(hashlib.sha256(b"%d %d" % (seed, i)).digest() for i in range(1024))
-    return (block * (size // len(block) + 1))[:size]
 
 
 def below(path: Path) -> list[Path]:

@@ -5,7 +5,6 @@ The rows of "Transport" and "Odd framing" in the fault matrix, each on a real so
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import errno
 import os
@@ -19,27 +18,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
-from conftest import BUCKET, Run
+from conftest import BUCKET, Get, Publish, Run, basic, failing
 from server import BYE, CLOSE, RESET, STALL, Server, chunked, render
 from subject import s3c
 
-Get = Callable[..., Any]
-Publish = Callable[..., str]
 OTHER = 'HTTP/1.1 200 OK\r\nETag: "e"\r\n'  # of an answer that the test frames itself
 
 
 def head(*lines: str) -> bytes:
     return (OTHER + "".join(f"{line}\r\n" for line in lines) + "\r\n").encode("latin-1")
-
-
-def failing(get: Get, uri: str, error: Any = None, **options: Any) -> Any:
-    """The error that a call ends with."""
-    with pytest.raises(error or s3c.TransferError) as caught:
-        get(uri, **options)
-    return caught.value
 
 
 def at_once(get: Get, uris: list[str]) -> list[Any]:
@@ -61,13 +51,6 @@ class Timer:
 @pytest.fixture
 def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3c, "_RETRIES", 0)
-
-
-@pytest.fixture
-def other() -> Iterator[Server]:
-    """A second server: a proxy, or another origin."""
-    with Server() as server:
-        yield server
 
 
 # ==== Connecting ==============================================================================
@@ -899,10 +882,6 @@ def test_a_body_over_tls_is_whole_though_its_connection_breaks(
 
 
 # ==== Proxies =================================================================================
-
-
-def basic(userinfo: str) -> str:
-    return "Basic " + base64.b64encode(userinfo.encode()).decode()
 
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])

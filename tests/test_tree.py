@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Run
+from conftest import BUCKET, Get, Publish, Run
 from server import Server
 from subject import s3c
 
-Publish = Callable[..., str]
-Get = Callable[..., Any]
 TREE = f"s3://{BUCKET}/data.zarr/"
 FILES = {
     ".zattrs": b"{}",
@@ -53,13 +51,6 @@ def put_tree(server: Server) -> Callable[..., None]:
             server.put(BUCKET, prefix + name, content, **options)
 
     return put_tree
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries that do not wait."""
-    monkeypatch.setattr(s3c, "_RETRY_BASE", 0.0005)
-    monkeypatch.setattr(s3c, "_RETRY_BASE_THROTTLED", 0.0005)
 
 
 def contents(root: Path) -> dict[str, bytes]:

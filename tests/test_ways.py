@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import SUBJECT_FILE
+from conftest import SUBJECT_FILE, Publish
 from server import Server
 
-Publish = Callable[..., str]
 Box = Callable[..., "list[str]"]
 PYTHON = os.path.realpath(sys.executable)
 NAME = "aind_s3_cache.py"
