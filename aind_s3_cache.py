@@ -4009,11 +4009,6 @@ def _is_ours(path: str) -> bool:
     return _is_aside(entry) or _parse_entry(entry) is not None or _is_tree(entry)
 
 
-def _on_error(act: Callable[[Any, str, Any], None]) -> Any:
-    """Return the argument of `shutil.rmtree` that was renamed in 3.12."""
-    return {"onexc" if sys.version_info >= (3, 12) else "onerror": act}
-
-
 def _put_aside(path: str) -> str:
     """Rename what is to go, so that nobody finds it; return where it is now.
 
@@ -4040,13 +4035,14 @@ def _remove_tree(path: str) -> OSError | None:
     def note(_: object, __: str, told: Any) -> None:
         errors.append(told[1] if isinstance(told, tuple) else told)
 
+    noted: Any = {"onexc" if sys.version_info >= (3, 12) else "onerror": note}
     # Aside at once: whoever still fills it finds it gone, instead of less in it than was put there.
     try:
         aside = _put_aside(path)
     except OSError:
         aside = path
     try:
-        shutil.rmtree(aside, **_on_error(note))
+        shutil.rmtree(aside, **noted)
     except OSError as error:  # before 3.13 of its own calls
         errors.append(error)
     return errors[0] if errors and os.path.lexists(aside) else None
@@ -6341,28 +6337,23 @@ def get_local_paths_for_resources(
 
 def _remove_own(path: str, pid: int) -> None:
     """Remove a temporary cache with all that is read-only in it, unless it is the parent's."""
-    if os.getpid() != pid:
+    if os.getpid() != pid or os.path.islink(path):  # what somebody put there stays
         return
     import shutil
 
-    def insist(remove: Callable[[str], object], at: str, _: object) -> None:
-        if at == path:  # its parent is not ours
-            return
-        try:
-            os.chmod(os.path.dirname(at), 0o700)
-            # Windows looks at the file's own mode; elsewhere that is none of our business.
-            if os.name == "nt" or stat.S_ISDIR(os.lstat(at).st_mode):
-                os.chmod(at, 0o700)
-            if remove in (os.unlink, os.rmdir):
-                remove(at)
-        except OSError:
-            pass
-
-    for _ in range(2):  # a directory that could not be read can the second time
-        try:
-            shutil.rmtree(path, **_on_error(insist))
-        except OSError:  # before 3.13 of its own calls
-            pass
+    for top, folders, files in os.walk(path):
+        # Windows looks at a file's own mode; elsewhere that is none of our business.
+        for name in ("", *folders, *(files if os.name == "nt" else ())):
+            at = os.path.join(top, name)
+            try:
+                if not os.path.islink(at):
+                    os.chmod(at, 0o700)
+            except OSError:
+                pass
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except OSError:  # before 3.13 of its own calls
+        pass
 
 
 class CacheManager:
