@@ -3577,8 +3577,11 @@ class _Lock:
 
     def __init__(self, store: _Store, ident: str) -> None:
         self._path = os.path.join(store.locks, ident[:3])
-        self._store, self._fd, self._gone = store, -1, False
+        self._store, self._ident, self._fd, self._gone = store, ident, -1, False
         self._guard = threading.Lock()
+
+    def __enter__(self) -> _Lock:
+        return self
 
     def acquire(self) -> bool:
         """Try once. False only if a peer surely holds it."""
@@ -3620,7 +3623,27 @@ class _Lock:
         except (OSError, ImportError, S3CacheError):
             pass
 
-    def release(self) -> None:
+    def await_peer(self, found: Callable[[], T | None], switch: _Stop | None) -> T | None:
+        """Wait while a peer's download grows; return what it published, or None: our turn."""
+        _TURN.leave()
+        pulse, since = -1, time.monotonic()
+        while True:
+            result = found()
+            if result:
+                return result
+            if self.acquire():
+                return found()  # its last holder may just have published
+            beat = self._store.pulse(self._ident)
+            if beat != pulse:
+                pulse, since = beat, time.monotonic()
+            # Without a beat it may be another object, whose lock is the same file.
+            if time.monotonic() - since > (_PEER_PATIENCE if beat else _PEER_PATIENCE / 10):
+                return None
+            if switch:
+                switch.check()
+            time.sleep(0.05)
+
+    def __exit__(self, *_: object) -> None:
         with self._guard:
             self._gone = True
             if self._fd >= 0:
@@ -5266,29 +5289,6 @@ def _is_same(entry: _Entry, answer: _Answer) -> bool:
     return answer.total == entry.size or (answer.total is None and validator[0] != "m")
 
 
-def _await_peer(
-    store: _Store, ident: str, lock: _Lock, found: Callable[[], T | None], switch: _Stop | None
-) -> T | None:
-    """Wait while another process's download grows; return what it published, or None: our turn."""
-    _TURN.leave()
-    pulse, since = -1, time.monotonic()
-    while True:
-        result = found()
-        if result:
-            return result
-        if lock.acquire():
-            return found()  # its last holder may just have published
-        beat = store.pulse(ident)
-        if beat != pulse:
-            pulse, since = beat, time.monotonic()
-        # Without a beat it may be another object, whose lock is the same file.
-        if time.monotonic() - since > (_PEER_PATIENCE if beat else _PEER_PATIENCE / 10):
-            return None
-        if switch:
-            switch.check()
-        time.sleep(0.05)
-
-
 _ASKED: set[tuple[str, str]] = set()  # (root, object) that a request was sent ahead for
 
 
@@ -5488,27 +5488,24 @@ class _Fetch:
             entries = self.store.find(self.ident, self.source.private)
             return next((entry for entry in entries if _is_same(entry, answer)), None)
 
-        switch = self.opt.switch
-        # Both may fail to exclude: then two download, and the store is none the worse.
-        flight, lock = _Flight(self.key, switch), _Lock(self.store, self.ident)
+        # Flight and lock may fail to exclude: then two download, and the store is none the worse.
+        flight = _Flight(self.key, self.opt.switch)
         first = flight.acquire(blocking=False)
         if not first:
             answer.body.close()
             flight.acquire()
         try:
-            if first and not lock.acquire() and not self.waited:
-                answer.body.close()
-                first = False
-            entry = found() if first else _await_peer(self.store, self.ident, lock, found, switch)
-            self.waited = self.waited or not first
-            if entry and self.store.confirm(entry.path):
-                return entry.path, True
-            return self._parts(answer, first, lock.held, found)
+            with _Lock(self.store, self.ident) as lock:
+                if first and not lock.acquire() and not self.waited:
+                    answer.body.close()
+                    first = False
+                entry = found() if first else lock.await_peer(found, self.opt.switch)
+                self.waited = self.waited or not first
+                if entry and self.store.confirm(entry.path):
+                    return entry.path, True
+                return self._parts(answer, first, lock.held, found)
         finally:
-            try:
-                lock.release()
-            finally:
-                flight.release()
+            flight.release()
 
     def _parts(
         self, answer: _Answer, first: bool, alone: bool, found: Callable[[], _Entry | None]
@@ -5654,16 +5651,6 @@ def _check_files(files: dict[str, _Key], folds: bool) -> None:
             raise CacheError(f"Directories differ only in case: {folder!r}", errno=errno.EEXIST)
 
 
-def _quietly(look: Callable[[T, _Options], _Fetch | None], item: T, opt: _Options) -> _Fetch | None:
-    """Look and ask ahead; what goes wrong is met again, and reported, in the call's turn."""
-    try:
-        return look(item, opt)
-    except (S3CacheError, OSError, ValueError, TypeError) as error:
-        if _is_of_handler(error):
-            raise
-        return None
-
-
 class _Batch:
     """Acts on every item in a crew of threads; the first error stops all and is raised.
 
@@ -5723,7 +5710,11 @@ class _Batch:
                         break
                     self._ahead += 1
                 begun.append((item, None))
-                begun[-1] = item, _quietly(self._look, item, opt)
+                try:
+                    begun[-1] = item, self._look(item, opt)
+                except (S3CacheError, OSError, ValueError, TypeError) as error:
+                    if _is_of_handler(error):  # all else is met again, and reported, in its turn
+                        raise
             for _, look in begun:
                 if look and look.begun:
                     look.begun.read_ahead()
@@ -5958,9 +5949,8 @@ class _Tree:
     def file(self, key: _Key, opt: _Options, look: _Fetch | None) -> str:
         """Return the path of one file of the listing, downloaded if we do not hold it."""
         look = look or _Fetch(self.source.child(key.key), opt)
-        entered = False
+        entered = _TURN.enter()
         try:
-            entered = _TURN.enter()
             entry = self.entry(key, look)
             if entry:
                 return entry.path
@@ -6020,11 +6010,8 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
         with _Flight(fetch.key, opt.switch, not source.signed):
             awaited = store.recently_partial() and store.pulse(fetch.ident) > 0
             if awaited:
-                lock = _Lock(store, fetch.ident)
-                try:
-                    _await_peer(store, fetch.ident, lock, lambda: None, opt.switch)
-                finally:
-                    lock.release()
+                with _Lock(store, fetch.ident) as lock:
+                    lock.await_peer(lambda: None, opt.switch)
             fetch.renew(awaited)
             return fetch.run()
     except TransferError as error:
@@ -6071,9 +6058,8 @@ def _localize_any(text: str, opt: _Options, look: _Fetch | None) -> LocalizedRes
     _import_early()
     missing: NotFoundError | None = None
     if not is_tree:
-        entered = False
+        entered = _TURN.enter()
         try:
-            entered = _TURN.enter()
             made = look.source if look else None
             return opt.access.attempt(target, opt.version, partial(_cached, opt, look), made)
         except NotFoundError as error:
