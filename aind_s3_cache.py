@@ -1440,20 +1440,18 @@ class _Pool:
         """Return the connection used last for this key, if it is young enough."""
         now = time.monotonic()
         for found in self._idle[::-1]:
-            if found.key == key and _take_out(self._idle, found):
-                break
-        else:
-            return None
-        # Servers close idle connections unannounced; an attempt on a dead one costs a round trip.
-        # And what came unasked is the end, or an answer to nothing: never the one to what is next.
-        try:
-            if now - found.idle_since <= _IDLE_SECONDS and not found.is_spoilt():
-                return found
-        except BaseException:  # Ctrl-C: nobody else knows of it any more
+            if not (found.key == key and _take_out(self._idle, found)):
+                continue
+            # Servers close idle connections unannounced; asking on a dead one costs a round trip.
+            # And what came unasked is the end, or an answer to nothing: never that to what is next.
+            try:
+                if now - found.idle_since <= _IDLE_SECONDS and not found.is_spoilt():
+                    return found
+            except BaseException:  # Ctrl-C: nobody else knows of it any more
+                found.close()
+                raise
             found.close()
-            raise
-        found.close()
-        return self.take(key)
+        return None
 
     def give(self, connection: _Connection) -> None:
         """Keep a connection after a complete answer."""
@@ -3458,12 +3456,10 @@ class _Store:
 
     def missing(self, ident: str, uri: str) -> S3CacheError:
         """Return the error for an object that nobody can ask for: not there, or not to be seen."""
-        try:
-            os.listdir(self.shard(ident))
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as error:
-            return _disk_error(error, self.shard(ident))
+        errors: list[OSError] = []
+        _list(self.shard(ident), errors)
+        if errors:
+            return _disk_error(errors[0], self.shard(ident))
         return OfflineError("Not in the cache, and offline", uri=uri)
 
     def validated(self, entry: _Entry) -> float:
