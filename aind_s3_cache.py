@@ -119,7 +119,6 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Executor
-    from io import FileIO
     from pathlib import Path, PurePath
     from socket import socket as Socket
     from typing import Any, BinaryIO, NoReturn, Protocol, TypeVar, Union
@@ -1783,7 +1782,7 @@ class _Body:
         return size
 
 
-def _read_up_to(body: Reader, limit: int, cut: bool = False) -> bytes:
+def _read_up_to(body: Reader, limit: int, cut: bool = False) -> bytearray:
     """Return at most limit bytes of a body, which may be cut short if so told, and leave it."""
     data, view = bytearray(), memoryview(bytearray(65536))
     try:
@@ -1797,12 +1796,13 @@ def _read_up_to(body: Reader, limit: int, cut: bool = False) -> bytes:
             raise
     finally:
         body.close()
-    return bytes(data[:limit])
+    del data[limit:]
+    return data
 
 
 def _read_error(body: Reader) -> bytes:
     """Return what comes of an error's body: its status counts, however it ends."""
-    return _read_up_to(body, _ERROR_LIMIT, cut=True)
+    return bytes(_read_up_to(body, _ERROR_LIMIT, cut=True))
 
 
 class _Exchange:
@@ -2065,8 +2065,8 @@ class _Patience:
 
 
 # ==== 6 Sources ===================================================================================
-# Three senders and a file behind one ``read(fields) -> _Answer``. 200, 206, 304, 412 and 416 are
-# answers; everything else is raised. The only section that names boto3.
+# Three senders behind one ``read(fields) -> _Answer``. 200, 206, 304, 412 and 416 are answers;
+# everything else is raised. The only section that names boto3.
 
 _REGIONS: dict[tuple[str, str], str] = {}  # (endpoint, bucket) -> region, learnt from redirects
 _SIGNED_BUCKETS: set[tuple[str, str]] = set()  # (endpoint, bucket) that refused us unsigned
@@ -2281,7 +2281,7 @@ class _Unsigned(_S3):
         status, headers, body = self._settled(exchange, "", query)
         if status != 200:
             raise self._error(status, headers, _read_error(body))
-        page = _read_up_to(body, _LIST_LIMIT)  # cut there it is no XML
+        page = bytes(_read_up_to(body, _LIST_LIMIT))  # cut there it is no XML
         try:
             return _parse_listing(page)
         except ValueError as error:  # S3 may send an error under 200: as good as a 500
@@ -2460,70 +2460,6 @@ class _Signed(_S3):
 
     def child(self, key: str) -> _S3:
         return _Signed(self.client, self.bucket, key, None, self.own)
-
-
-def _close(file: int | BinaryIO) -> None:
-    """Close what was only read, is given up or synchronized: an error then has nothing to say."""
-    try:
-        os.close(file) if isinstance(file, int) else file.close()
-    except OSError:
-        pass
-
-
-class _FileBody:
-    """The bytes of a local file as a reader that raises errors of ours."""
-
-    def __init__(self, file: FileIO, ours: Callable[[OSError], Exception]) -> None:
-        self._file, self._ours = file, ours
-
-    def readinto(self, view: memoryview) -> int:
-        try:
-            return self._file.readinto(view) or 0
-        except OSError as error:
-            raise self._ours(error) from None
-
-    def close(self) -> None:
-        _close(self._file)
-
-
-def _no_local_path(text: str) -> NotFoundError:
-    """Return the error for a path that is not there, or that is no path."""
-    shown = _redact_path(text)
-    hint = None
-    if text.startswith(("s3:/", "http:/", "https:/")):  # `Path("s3://…")` drops a slash
-        hint = "Pass URIs as str: a Path keeps only one slash of two"
-    elif text.lstrip().startswith(("s3://", "http://", "https://")):
-        hint = "It begins with white space: strip the line that it was read from"
-    return NotFoundError(f"Local path not found: {shown!r}", uri=shown, hint=hint)
-
-
-class _File(_Source):
-    """A local file, read whole like the others; ``text`` is what a caller called it."""
-
-    kind = "local"
-
-    def __init__(self, path: str, text: str) -> None:
-        self.path, self.text, self.uri = path, text, _redact_path(text)
-
-    def unreadable(self, error: OSError) -> Exception:
-        if _is_of_handler(error):
-            return error
-        cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
-        message = f"Cannot read {self.uri}: {error.strerror}"
-        return cls(message, uri=self.uri, errno=error.errno)
-
-    def read(self, fields: Fields, switch: _Stop | None, begun: _Exchange | None = None) -> _Answer:
-        try:
-            file = open(self.path, "rb", buffering=0)  # noqa: SIM115  the answer owns it
-            found = os.fstat(file.fileno())
-        except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
-            raise _no_local_path(self.text) from None
-        except OSError as error:
-            raise self.unreadable(error) from None
-        # Pipes, devices and files of /proc say 0 and are read to their end.
-        known = stat.S_ISREG(found.st_mode) and found.st_size > 0
-        headers = {"content-length": str(found.st_size)} if known else {}
-        return _Answer(200, headers, _FileBody(file, self.unreadable))
 
 
 _CLIENT_LOCK = threading.RLock()  # a signal handler may call us
@@ -3154,6 +3090,14 @@ _SEEK_LOCK = threading.Lock()
 def _unlink(path: str) -> None:
     try:
         os.unlink(path)
+    except OSError:
+        pass
+
+
+def _close(file: int | BinaryIO) -> None:
+    """Close what was only read, is given up or synchronized: an error then has nothing to say."""
+    try:
+        os.close(file) if isinstance(file, int) else file.close()
     except OSError:
         pass
 
@@ -4313,6 +4257,17 @@ def _local_path(text: str) -> str:
     return os.path.abspath(path) if path else ""
 
 
+def _no_local_path(text: str) -> NotFoundError:
+    """Return the error for a path that is not there, or that is no path."""
+    shown = _redact_path(text)
+    hint = None
+    if text.startswith(("s3:/", "http:/", "https:/")):  # `Path("s3://…")` drops a slash
+        hint = "Pass URIs as str: a Path keeps only one slash of two"
+    elif text.lstrip().startswith(("s3://", "http://", "https://")):
+        hint = "It begins with white space: strip the line that it was read from"
+    return NotFoundError(f"Local path not found: {shown!r}", uri=shown, hint=hint)
+
+
 def _fallback_dir() -> str:
     """Return a private directory below the temp directory: there is no usable home."""
     import tempfile
@@ -4376,20 +4331,20 @@ def _ident(place_id: tuple[str, ...]) -> str:
 # is a mapping, or an error.
 
 
-def _too_large(source: _Source) -> InvalidJSONError:
-    return InvalidJSONError(f"JSON document of more than {_human(_JSON_LIMIT)}", uri=source.uri)
+def _too_large(uri: str) -> InvalidJSONError:
+    return InvalidJSONError(f"JSON document of more than {_human(_JSON_LIMIT)}", uri=uri)
 
 
 def _collect(source: _Source, answer: _Answer, patience: _Patience) -> bytearray:
     """Return a whole body, if it is not too large for a document."""
     if answer.total is None:
-        data = bytearray(_read_up_to(answer.body, _JSON_LIMIT + 1))
+        data = _read_up_to(answer.body, _JSON_LIMIT + 1)
         if len(data) > _JSON_LIMIT:
-            raise _too_large(source)
+            raise _too_large(source.uri)
         return data
     if answer.total > _JSON_LIMIT:
         answer.body.close()
-        raise _too_large(source)
+        raise _too_large(source.uri)
     data = bytearray(answer.total)
     _pull(source, answer, _Sink(memoryview(data)), answer.total, patience)
     return data
@@ -4424,34 +4379,30 @@ def _is_zlib(data: bytearray) -> bool:
     return head >> 8 & 15 == 8 and head % 31 == 0 and not head & 0x20
 
 
-def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:
+def _inflate(data: bytearray, uri: str, coding: str) -> bytearray:
     """Undo Content-Encoding gzip or deflate, and no more of it than the ceiling (gzip bombs)."""
     import zlib
 
-    if source.kind == "local":  # as it was stored: no JSON begins so
-        coding = "gzip" if data[:1] == b"\x1f" else "deflate" if _is_zlib(data) else ""
     for name in reversed(coding.split(",")):
         coding = name.strip().lower()
         if coding in ("", "identity", "aws-chunked"):
             continue
         if coding not in ("gzip", "x-gzip", "deflate"):
-            raise InvalidJSONError(
-                f"Unknown Content-Encoding {_printable(coding)!r}", uri=source.uri
-            )
+            raise InvalidJSONError(f"Unknown Content-Encoding {_printable(coding)!r}", uri=uri)
         raw = coding == "deflate" and not _is_zlib(data)  # some send it without a header
         try:
             out = _decompress(data, -15 if raw else 47, _JSON_LIMIT)
         except zlib.error as error:
-            raise InvalidJSONError(f"Invalid {coding} data: {error}", uri=source.uri) from None
+            raise InvalidJSONError(f"Invalid {coding} data: {error}", uri=uri) from None
         if out is None:
-            raise InvalidJSONError(f"Truncated {coding} data", uri=source.uri)
+            raise InvalidJSONError(f"Truncated {coding} data", uri=uri)
         if len(out) > _JSON_LIMIT:
-            raise _too_large(source)
+            raise _too_large(uri)
         data = out
     return data
 
 
-def _parse_json(data: bytearray, source: _Source) -> dict[str, Any]:
+def _parse_json(data: bytearray, uri: str) -> dict[str, Any]:
     """Parse UTF-8, UTF-16 or UTF-32, with or without a byte-order mark, into a mapping."""
     with _IMPORTS:
         import json
@@ -4461,15 +4412,13 @@ def _parse_json(data: bytearray, source: _Source) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         hint = "This looks like an HTML page" if data.lstrip()[:1] == b"<" else None
-        invalid = InvalidJSONError(
-            f"Not valid JSON ({_printable(reason)})", uri=source.uri, hint=hint
-        )
+        invalid = InvalidJSONError(f"Not valid JSON ({_printable(reason)})", uri=uri, hint=hint)
         told = {name: getattr(error, name, None) for name in ("msg", "pos", "lineno", "colno")}
         vars(invalid).update({name: value for name, value in told.items() if value is not None})
         raise invalid from None
     if not isinstance(document, dict):
         kind = type(document).__name__
-        raise TypeError(f"Expected top-level JSON object, not {kind}: {_redact(source.uri)}")
+        raise TypeError(f"Expected top-level JSON object, not {kind}: {_redact(uri)}")
     return document
 
 
@@ -4494,8 +4443,29 @@ def _read_json(source: _Source) -> dict[str, Any]:
             patience.after(error)
         else:
             _QUOTA.give()
-            data = _inflate(data, source, answer.headers.get("content-encoding", ""))
-            return _parse_json(data, source)
+            data = _inflate(data, source.uri, answer.headers.get("content-encoding", ""))
+            return _parse_json(data, source.uri)
+
+
+def _read_file(path: str, text: str, uri: str) -> dict[str, Any]:
+    """Read the document in a local file; ``text`` is what the caller called it."""
+    try:
+        try:
+            file = open(path, "rb")  # noqa: SIM115  who reads it closes it
+        except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
+            raise _no_local_path(text) from None
+        data = _read_up_to(file, _JSON_LIMIT + 1)
+    except OSError as error:
+        if isinstance(error, S3CacheError) or _is_of_handler(error):
+            raise
+        cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
+        message = f"Cannot read {uri}: {error.strerror}"
+        raise cls(message, uri=uri, errno=error.errno) from None
+    if len(data) > _JSON_LIMIT:
+        raise _too_large(uri)
+    # As it was stored: no JSON begins so.
+    coding = "gzip" if data[:1] == b"\x1f" else "deflate" if _is_zlib(data) else ""
+    return _parse_json(_inflate(data, uri, coding), uri)
 
 
 def _is_offline(offline: bool = False) -> bool:
@@ -4510,10 +4480,8 @@ def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
     source = next(access.sources(target, None))
     ident = _ident(source.place_id)
     for entry in store.find(ident, access.anonymous is not True, anew=True):
-        file = _File(entry.path, target.text)
-        file.uri = source.uri
         try:
-            document = _read_json(file)
+            document = _read_file(entry.path, target.text, source.uri)
         except (NotFoundError, AccessDeniedError):  # pruned since we looked, or another user's
             continue
         store.used(entry.path, entry.stamp)
@@ -4671,7 +4639,7 @@ def get_json(
         return get_json_s3_uri(text, s3_client=s3_client, anonymous=anonymous)
     if scheme in ("http", "https"):
         return get_json_url(text)
-    return _read_json(_File(_local_path(text), text))
+    return _read_file(_local_path(text), text, _redact_path(text))
 
 
 # ==== 9 Cache =====================================================================================

@@ -199,6 +199,10 @@ def test_a_kept_connection_that_cannot_be_looked_at_is_left(under: Any, server: 
     assert server.connections == 2
 
 
+def test_a_local_file_that_does_not_tell_its_size_is_read(under: Any) -> None:
+    assert under("fstat /objects/ 5", "small", "at = get()!s3c.get_json(at)") == "{}"
+
+
 def test_a_short_read_is_read_on(under: Any, server: Server) -> None:
     assert under("short .data 0", "large", "!get().status") == "downloaded"
     assert sum(r.headers["range"].startswith("bytes=0-") for r in server.seen) == 1
@@ -227,7 +231,6 @@ TOLD = {
     "offline, an unreadable shard": ("opendir /objects/ 13", "small", "!get(offline=True)", 13),
     "offline, unreadable trees": ("opendir /trees 24", "tree/", "get()!get(offline=True)", 24),
     "a local file that breaks": ("read /objects/ 5", "small", "at = get()!s3c.get_json(at)", 5),
-    "a local file without a size": ("fstat /objects/ 5", "small", "at = get()!s3c.get_json(at)", 5),
 }  # fmt: skip
 
 
