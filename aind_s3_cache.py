@@ -2984,12 +2984,12 @@ def _is_aside(path: str) -> bool:
     return name[:2] == ".t" and len(name) > 17 and _HEX.issuperset(name[2:])  # and not .tox
 
 
-def _tail(name: str, room: int) -> str:
-    """Return what a file system can surely hold of an object's own name, its end kept."""
+def _full_name(head: str, name: str) -> str:
+    """Return a head and what a file system can surely hold of an object's own name behind it."""
     # Cut from the left: what tools look at is the ending, .nii.gz or .ome.zarr.
     if not _WORD.issuperset(name):
         name = "".join(c if c in _WORD else "_" for c in name)
-    return name[-room:].rstrip(".") or "object"
+    return head + (name[len(head) - _NAME_LIMIT :].rstrip(".") or "object")
 
 
 def _digest(*parts: str) -> str:
@@ -3432,7 +3432,7 @@ class _Store:
 
     def name(self, ident: str, source: _Source, validator: str, size: int, crc: str) -> str:
         head = f"{ident}_{_owner(source.private)}{validator}_{size:x}_{crc}_"
-        return head + _tail(source.name, _NAME_LIMIT - len(head))
+        return _full_name(head, source.name)
 
     def add(self, ident: str, name: str, data: memoryview, private: bool) -> str:
         """Publish a small object: one private file, one write, one rename."""
@@ -4717,6 +4717,18 @@ class _Theirs(BaseException):
 
 
 class _Meter:
+    """Counts the bytes of a call, here for nobody: without progress it is its own tally, too."""
+
+    def __call__(self, size: int) -> None: ...
+    def expect(self, size: int) -> None: ...
+    def undo(self) -> None: ...
+    def close(self) -> None: ...
+
+
+_SILENT = _Meter()
+
+
+class _Told(_Meter):
     """Passes byte counts to the caller's progress, from any thread."""
 
     def __init__(self, callback: Callable[[int], object]) -> None:
@@ -4729,27 +4741,8 @@ class _Meter:
             except Exception as error:
                 raise _Theirs(error) from None
 
-    def expect(self, size: int) -> None:
-        pass
 
-    def close(self) -> None:
-        pass
-
-
-class _Silent(_Meter):
-    """The meter of a call without progress; its own tally."""
-
-    def __call__(self, size: int) -> None:
-        pass
-
-    def undo(self) -> None:
-        pass
-
-
-_SILENT = _Silent(int)
-
-
-class _Tally:
+class _Tally(_Meter):
     """Counts for a meter what one attempt brings, so that it can be taken back."""
 
     def __init__(self, meter: _Meter) -> None:
@@ -4773,7 +4766,7 @@ class _Tally:
         self._done = self._expected = 0
 
 
-class _Bar(_Meter):
+class _Bar(_Told):
     """One line on a terminal: bytes, rate, estimate; nothing at all anywhere else."""
 
     def __init__(self) -> None:
@@ -4826,7 +4819,7 @@ def _meter(progress: Progress) -> _Meter:
         return _Bar()
     if progress and not callable(progress):
         raise TypeError("progress must be True or callable")
-    return _Meter(progress) if progress else _SILENT
+    return _Told(progress) if progress else _SILENT
 
 
 class _Options:
@@ -5139,19 +5132,18 @@ class _Download:
         file: _Partial,
         opt: _Options,
         first: bool,
-        tally: _Tally | _Silent,
+        tally: _Meter,
     ) -> None:
         assert answer.etag is not None
-        assert answer.total is not None
         self.source, self.file, self.opt, self.tally = source, file, opt, tally
-        self.etag, self.total = answer.etag, answer.total
+        self.etag = answer.etag
         self.first: _Answer | None = answer if first else None
         self.switch = _Stop(opt.switch)
         if first:
             self.switch.hold(answer.body)
         self.received, self.least = 0, _SPAN_FAR
         self.body = answer.body  # as all the others will be
-        single = (first and answer.status == 200) or self.total <= opt.threshold
+        single = (first and answer.status == 200) or file.total <= opt.threshold
         self.limit = 1 if single else opt.max_concurrency
 
     def span(self) -> int:
@@ -5176,7 +5168,7 @@ class _Download:
             while True:
                 with self.file.lock:
                     first, self.first = self.first, None
-                run = (0, first.stop or self.total) if first else self.file.take(self.span())
+                run = (0, first.stop or self.file.total) if first else self.file.take(self.span())
                 if run is None:
                     return
                 self.switch.check()
@@ -5190,7 +5182,7 @@ class _Download:
         sink = _Chunks(self.file.write, buffer, self.count, start)
         asked = answered = time.monotonic()
         if answer is None:
-            answer = _resume(self.source, sink, stop, self.etag, self.total, patience)
+            answer = _resume(self.source, sink, stop, self.etag, self.file.total, patience)
             if answer.status == 200:
                 answer.body.close()
                 raise _AskPlainly
@@ -5836,8 +5828,7 @@ class _Tree:
         lines = (f"{name}\0{k.etag or k.modified}\0{k.size}" for name, k in files.items())
         owner = _owner(self.source.private)
         head = f"{self.id}_{owner[0]}{_digest(owner, *lines)[:16]}_{len(files):x}_{size:x}_"
-        tail = _tail(self.source.name, _NAME_LIMIT - len(head))
-        path = os.path.join(self.store.trees, head + tail)
+        path = os.path.join(self.store.trees, _full_name(head, self.source.name))
         # Who waits for another thread's finds it whole.
         with _Flight((self.store.root, self.id), self.opt.switch):
             if self.store.confirm(path) and _is_whole_tree(path, files):
