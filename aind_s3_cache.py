@@ -5831,9 +5831,8 @@ class _Tree:
         path = os.path.join(self.store.trees, _full_name(head, self.source.name))
         # Who waits for another thread's finds it whole.
         with _Flight((self.store.root, self.id), self.opt.switch):
-            if self.store.confirm(path) and _is_whole_tree(path, files):
-                return _result(self.source, path, "revalidated", None, size)
-            if not self.assemble(path, files):
+            whole = self.store.confirm(path) and _is_whole_tree(path, files)
+            if not whole and not self.assemble(path, files):
                 return None
         status = "downloaded" if self.fetched else "revalidated"
         return _result(self.source, path, status, None, size)
