@@ -2547,14 +2547,16 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
 class _Target:
     """What a URI or path names, taken apart once."""
 
-    __slots__ = ("bucket", "key", "kind", "text")
+    __slots__ = ("bucket", "key", "kind", "text", "version")
 
-    def __init__(self, kind: str, text: str, bucket: str = "", key: str = "") -> None:
-        self.kind, self.text, self.bucket, self.key = kind, text, bucket, key
+    def __init__(
+        self, kind: str, text: str, bucket: str = "", key: str = "", version: str | None = None
+    ) -> None:
+        self.kind, self.text, self.bucket, self.key, self.version = kind, text, bucket, key, version
 
 
 @lru_cache(maxsize=256)
-def _target(text: str) -> _Target:
+def _target(text: str, version: str | None = None) -> _Target:
     """Take a URI or path apart; refuse at once what cannot be asked for."""
     scheme = _scheme(text)
     if scheme in ("http", "https"):
@@ -2565,7 +2567,7 @@ def _target(text: str) -> _Target:
     _check_key(key)
     if not key:
         raise ValueError(f"Not a valid S3 URI of an object: {text!r} ({_S3_FORM})")
-    return _Target("s3", text, bucket, key)
+    return _Target("s3", text, bucket, key, version)
 
 
 class _Access:
@@ -2585,25 +2587,23 @@ class _Access:
             return True
         return self.anonymous is None and (self.env.endpoint, bucket) in _SIGNED_BUCKETS
 
-    def unsigned(self, target: _Target, version: str | None) -> _Source:
+    def unsigned(self, target: _Target) -> _Source:
         """Return the source that asks without a signature."""
         if target.kind == "http":
             return _HTTP(target.text, self.env)
         if target.bucket.endswith(_DIRECTORY_BUCKET) and not self.offline:
             raise ValueError("Directory buckets need signed requests: use anonymous=False")
-        return _Unsigned(target.bucket, target.key, version, self.env)
+        return _Unsigned(target.bucket, target.key, target.version, self.env)
 
-    def sources(
-        self, target: _Target, version: str | None, made: _Source | None = None
-    ) -> Iterator[_Source]:
+    def sources(self, target: _Target, made: _Source | None = None) -> Iterator[_Source]:
         """Yield the sources to try: the next one is for a caller that was refused.
 
         ``made`` is the unsigned source that was made before: it serves again.
         """
         if target.kind == "http":
-            yield made or self.unsigned(target, version)
+            yield made or self.unsigned(target)
             return
-        bucket, key, client = target.bucket, target.key, self.client
+        bucket, key, version, client = target.bucket, target.key, target.version, self.client
         if client is None and self.signs(bucket):
             required = self.anonymous is False and not self.offline
             client = _own_client(required, self.env.endpoint, self.offline)
@@ -2613,7 +2613,7 @@ class _Access:
                 return
             # Of another object, or of keys that were good then: ask from the beginning.
             _SIGNED_BUCKETS.discard((self.env.endpoint, bucket))
-        yield made or self.unsigned(target, version)
+        yield made or self.unsigned(target)
         if self.anonymous or self.offline:
             return
         client = _own_client(False, self.env.endpoint)
@@ -2628,14 +2628,10 @@ class _Access:
         return "For private data install boto3 and set up credentials"
 
     def attempt(
-        self,
-        target: _Target,
-        version: str | None,
-        act: Callable[[_Source], T],
-        made: _Source | None = None,
+        self, target: _Target, act: Callable[[_Source], T], made: _Source | None = None
     ) -> T:
         """Act on the first source; where it is refused, on the next. Remember who was let in."""
-        sources = self.sources(target, version, made)
+        sources = self.sources(target, made)
         source = next(sources)
         while True:
             try:
@@ -4477,7 +4473,7 @@ def _is_offline(offline: bool = False) -> bool:
 def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
     """Return a document from the default cache: offline, that is all there is."""
     store = _Store(_cache_dir(None))
-    source = next(access.sources(target, None))
+    source = next(access.sources(target))
     ident = _ident(source.place_id)
     for entry in store.find(ident, access.anonymous is not True, anew=True):
         try:
@@ -4493,7 +4489,7 @@ def _load_json(target: _Target, access: _Access) -> dict[str, Any]:
     _import_early()
     if access.offline:
         return _cached_json(target, access)
-    return access.attempt(target, None, _read_json)
+    return access.attempt(target, _read_json)
 
 
 def _renamed(anon: bool | None, anonymous: bool | None) -> bool | None:
@@ -5991,19 +5987,19 @@ def _local(text: str) -> LocalizedResource:
 
 def _look_at(text: str, opt: _Options) -> _Fetch | None:
     """Look for a single object and ask ahead for it, if that is sure to be asked; else None."""
-    target = _target(text)
+    target = _target(text, opt.version)
     ours = target.kind == "http" and opt.version is None
     if target.kind == "s3":
         ours = not target.key.endswith("/") and not opt.access.signs(target.bucket)
     if not ours or opt.unasked:
         return None
-    look = _Fetch(opt.access.unsigned(target, opt.version), opt)
+    look = _Fetch(opt.access.unsigned(target), opt)
     return look if look.ask_ahead() else None
 
 
 def _localize_any(text: str, opt: _Options, look: _Fetch | None) -> LocalizedResource:
     """Localize one resource of any kind; ``look`` was taken before its turn, if there is one."""
-    target = _target(text)
+    target = _target(text, opt.version)
     is_tree = target.key.endswith("/")
     if opt.version is not None and (target.kind != "s3" or is_tree):
         raise ValueError("version_id is for single s3:// objects")
@@ -6015,7 +6011,7 @@ def _localize_any(text: str, opt: _Options, look: _Fetch | None) -> LocalizedRes
         entered = _TURN.enter()
         try:
             made = look.source if look else None
-            return opt.access.attempt(target, opt.version, partial(_cached, opt, look), made)
+            return opt.access.attempt(target, partial(_cached, opt, look), made)
         except NotFoundError as error:
             if error.code != "NoSuchKey" or opt.version is not None:
                 raise
@@ -6023,7 +6019,7 @@ def _localize_any(text: str, opt: _Options, look: _Fetch | None) -> LocalizedRes
         finally:
             _TURN.exit(entered)
     try:
-        return opt.access.attempt(target, None, lambda source: _Tree(source, opt).localize())
+        return opt.access.attempt(target, lambda source: _Tree(source, opt).localize())
     except (NotFoundError, AccessDeniedError) as error:
         # Of the listing: that there is no such object says more. A file's own error stays.
         raise (missing if missing and error.uri == missing.uri else error) from None
@@ -6604,7 +6600,7 @@ def _do_ls(args: Any) -> int:
                 record = {"uri": uri, "size": key.size, "etag": key.etag}
                 print(_json_line(record) if args.json else _printable(uri))
 
-        access.attempt(_Target("s3", args.uri, bucket, prefix), None, show)
+        access.attempt(_Target("s3", args.uri, bucket, prefix), show)
         return 0
     for entry in _manager(args).entries():
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
