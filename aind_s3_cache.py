@@ -119,7 +119,6 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Executor
-    from io import FileIO
     from pathlib import Path, PurePath
     from socket import socket as Socket
     from typing import Any, BinaryIO, NoReturn, Protocol, TypeVar, Union
@@ -1440,20 +1439,18 @@ class _Pool:
         """Return the connection used last for this key, if it is young enough."""
         now = time.monotonic()
         for found in self._idle[::-1]:
-            if found.key == key and _take_out(self._idle, found):
-                break
-        else:
-            return None
-        # Servers close idle connections unannounced; an attempt on a dead one costs a round trip.
-        # And what came unasked is the end, or an answer to nothing: never the one to what is next.
-        try:
-            if now - found.idle_since <= _IDLE_SECONDS and not found.is_spoilt():
-                return found
-        except BaseException:  # Ctrl-C: nobody else knows of it any more
+            if not (found.key == key and _take_out(self._idle, found)):
+                continue
+            # Servers close idle connections unannounced; asking on a dead one costs a round trip.
+            # And what came unasked is the end, or an answer to nothing: never that to what is next.
+            try:
+                if now - found.idle_since <= _IDLE_SECONDS and not found.is_spoilt():
+                    return found
+            except BaseException:  # Ctrl-C: nobody else knows of it any more
+                found.close()
+                raise
             found.close()
-            raise
-        found.close()
-        return self.take(key)
+        return None
 
     def give(self, connection: _Connection) -> None:
         """Keep a connection after a complete answer."""
@@ -1790,7 +1787,7 @@ class _Body:
         return size
 
 
-def _read_up_to(body: Reader, limit: int, cut: bool = False) -> bytes:
+def _read_up_to(body: Reader, limit: int, cut: bool = False) -> bytearray:
     """Return at most limit bytes of a body, which may be cut short if so told, and leave it."""
     data, view = bytearray(), memoryview(bytearray(65536))
     try:
@@ -1804,12 +1801,13 @@ def _read_up_to(body: Reader, limit: int, cut: bool = False) -> bytes:
             raise
     finally:
         body.close()
-    return bytes(data[:limit])
+    del data[limit:]
+    return data
 
 
 def _read_error(body: Reader) -> bytes:
     """Return what comes of an error's body: its status counts, however it ends."""
-    return _read_up_to(body, _ERROR_LIMIT, cut=True)
+    return bytes(_read_up_to(body, _ERROR_LIMIT, cut=True))
 
 
 class _Exchange:
@@ -2072,8 +2070,8 @@ class _Patience:
 
 
 # ==== 6 Sources ===================================================================================
-# Three senders and a file behind one ``read(fields) -> _Answer``. 200, 206, 304, 412 and 416 are
-# answers; everything else is raised. The only section that names boto3.
+# Three senders behind one ``read(fields) -> _Answer``. 200, 206, 304, 412 and 416 are answers;
+# everything else is raised. The only section that names boto3.
 
 _REGIONS: dict[tuple[str, str], str] = {}  # (endpoint, bucket) -> region, learnt from redirects
 _SIGNED_BUCKETS: set[tuple[str, str]] = set()  # (endpoint, bucket) that refused us unsigned
@@ -2288,7 +2286,7 @@ class _Unsigned(_S3):
         status, headers, body = self._settled(exchange, "", query)
         if status != 200:
             raise self._error(status, headers, _read_error(body))
-        page = _read_up_to(body, _LIST_LIMIT)  # cut there it is no XML
+        page = bytes(_read_up_to(body, _LIST_LIMIT))  # cut there it is no XML
         try:
             return _parse_listing(page)
         except ValueError as error:  # S3 may send an error under 200: as good as a 500
@@ -2474,70 +2472,6 @@ class _Signed(_S3):
         return _Signed(self.client, self.bucket, key, None, self.own)
 
 
-def _close(file: int | BinaryIO) -> None:
-    """Close what was only read, is given up or synchronized: an error then has nothing to say."""
-    try:
-        os.close(file) if isinstance(file, int) else file.close()
-    except OSError:
-        pass
-
-
-class _FileBody:
-    """The bytes of a local file as a reader that raises errors of ours."""
-
-    def __init__(self, file: FileIO, ours: Callable[[OSError], Exception]) -> None:
-        self._file, self._ours = file, ours
-
-    def readinto(self, view: memoryview) -> int:
-        try:
-            return self._file.readinto(view) or 0
-        except OSError as error:
-            raise self._ours(error) from None
-
-    def close(self) -> None:
-        _close(self._file)
-
-
-def _no_local_path(text: str) -> NotFoundError:
-    """Return the error for a path that is not there, or that is no path."""
-    shown = _redact_path(text)
-    hint = None
-    if text.startswith(("s3:/", "http:/", "https:/")):  # `Path("s3://…")` drops a slash
-        hint = "Pass URIs as str: a Path keeps only one slash of two"
-    elif text.lstrip().startswith(("s3://", "http://", "https://")):
-        hint = "It begins with white space: strip the line that it was read from"
-    return NotFoundError(f"Local path not found: '{shown}'", uri=shown, hint=hint)
-
-
-class _File(_Source):
-    """A local file, read whole like the others; ``text`` is what a caller called it."""
-
-    kind = "local"
-
-    def __init__(self, path: str, text: str) -> None:
-        self.path, self.text, self.uri = path, text, _redact_path(text)
-
-    def unreadable(self, error: OSError) -> Exception:
-        if _is_of_handler(error):
-            return error
-        cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
-        message = f"Cannot read {self.uri}: {error.strerror}"
-        return cls(message, uri=self.uri, errno=error.errno)
-
-    def read(self, fields: Fields, switch: _Stop | None, begun: _Exchange | None = None) -> _Answer:
-        try:
-            file = open(self.path, "rb", buffering=0)  # noqa: SIM115  the answer owns it
-            found = os.fstat(file.fileno())
-        except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
-            raise _no_local_path(self.text) from None
-        except OSError as error:
-            raise self.unreadable(error) from None
-        # Pipes, devices and files of /proc say 0 and are read to their end.
-        known = stat.S_ISREG(found.st_mode) and found.st_size > 0
-        headers = {"content-length": str(found.st_size)} if known else {}
-        return _Answer(200, headers, _FileBody(file, self.unreadable))
-
-
 _CLIENT_LOCK = threading.RLock()  # a signal handler may call us
 _NO_CREDENTIALS: dict[tuple[tuple[str, str], ...], float] = {}
 
@@ -2623,14 +2557,16 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
 class _Target:
     """What a URI or path names, taken apart once."""
 
-    __slots__ = ("bucket", "key", "kind", "text")
+    __slots__ = ("bucket", "key", "kind", "text", "version")
 
-    def __init__(self, kind: str, text: str, bucket: str = "", key: str = "") -> None:
-        self.kind, self.text, self.bucket, self.key = kind, text, bucket, key
+    def __init__(
+        self, kind: str, text: str, bucket: str = "", key: str = "", version: str | None = None
+    ) -> None:
+        self.kind, self.text, self.bucket, self.key, self.version = kind, text, bucket, key, version
 
 
 @lru_cache(maxsize=256)
-def _target(text: str) -> _Target:
+def _target(text: str, version: str | None = None) -> _Target:
     """Take a URI or path apart; refuse at once what cannot be asked for."""
     scheme = _scheme(text)
     if scheme in ("http", "https"):
@@ -2641,7 +2577,7 @@ def _target(text: str) -> _Target:
     _check_key(key)
     if not key:
         raise ValueError(f"Not a valid S3 URI of an object: {text!r} ({_S3_FORM})")
-    return _Target("s3", text, bucket, key)
+    return _Target("s3", text, bucket, key, version)
 
 
 class _Access:
@@ -2661,25 +2597,23 @@ class _Access:
             return True
         return self.anonymous is None and (self.env.endpoint, bucket) in _SIGNED_BUCKETS
 
-    def unsigned(self, target: _Target, version: str | None) -> _Source:
+    def unsigned(self, target: _Target) -> _Source:
         """Return the source that asks without a signature."""
         if target.kind == "http":
             return _HTTP(target.text, self.env)
         if target.bucket.endswith(_DIRECTORY_BUCKET) and not self.offline:
             raise ValueError("Directory buckets need signed requests: use anonymous=False")
-        return _Unsigned(target.bucket, target.key, version, self.env)
+        return _Unsigned(target.bucket, target.key, target.version, self.env)
 
-    def sources(
-        self, target: _Target, version: str | None, made: _Source | None = None
-    ) -> Iterator[_Source]:
+    def sources(self, target: _Target, made: _Source | None = None) -> Iterator[_Source]:
         """Yield the sources to try: the next one is for a caller that was refused.
 
         ``made`` is the unsigned source that was made before: it serves again.
         """
         if target.kind == "http":
-            yield made or self.unsigned(target, version)
+            yield made or self.unsigned(target)
             return
-        bucket, key, client = target.bucket, target.key, self.client
+        bucket, key, version, client = target.bucket, target.key, target.version, self.client
         if client is None and self.signs(bucket):
             required = self.anonymous is False and not self.offline
             client = _own_client(required, self.env.endpoint, self.offline)
@@ -2689,7 +2623,7 @@ class _Access:
                 return
             # Of another object, or of keys that were good then: ask from the beginning.
             _SIGNED_BUCKETS.discard((self.env.endpoint, bucket))
-        yield made or self.unsigned(target, version)
+        yield made or self.unsigned(target)
         if self.anonymous or self.offline:
             return
         client = _own_client(False, self.env.endpoint)
@@ -2704,14 +2638,10 @@ class _Access:
         return "For private data install boto3 and set up credentials"
 
     def attempt(
-        self,
-        target: _Target,
-        version: str | None,
-        act: Callable[[_Source], T],
-        made: _Source | None = None,
+        self, target: _Target, act: Callable[[_Source], T], made: _Source | None = None
     ) -> T:
         """Act on the first source; where it is refused, on the next. Remember who was let in."""
-        sources = self.sources(target, version, made)
+        sources = self.sources(target, made)
         source = next(sources)
         while True:
             try:
@@ -3060,12 +2990,12 @@ def _is_aside(path: str) -> bool:
     return name[:2] == ".t" and len(name) > 17 and _HEX.issuperset(name[2:])  # and not .tox
 
 
-def _tail(name: str, room: int) -> str:
-    """Return what a file system can surely hold of an object's own name, its end kept."""
+def _full_name(head: str, name: str) -> str:
+    """Return a head and what a file system can surely hold of an object's own name behind it."""
     # Cut from the left: what tools look at is the ending, .nii.gz or .ome.zarr.
     if not _WORD.issuperset(name):
         name = "".join(c if c in _WORD else "_" for c in name)
-    return name[-room:].rstrip(".") or "object"
+    return head + (name[len(head) - _NAME_LIMIT :].rstrip(".") or "object")
 
 
 def _digest(*parts: str) -> str:
@@ -3166,6 +3096,14 @@ _SEEK_LOCK = threading.Lock()
 def _unlink(path: str) -> None:
     try:
         os.unlink(path)
+    except OSError:
+        pass
+
+
+def _close(file: int | BinaryIO) -> None:
+    """Close what was only read, is given up or synchronized: an error then has nothing to say."""
+    try:
+        os.close(file) if isinstance(file, int) else file.close()
     except OSError:
         pass
 
@@ -3470,12 +3408,10 @@ class _Store:
 
     def missing(self, ident: str, uri: str) -> S3CacheError:
         """Return the error for an object that nobody can ask for: not there, or not to be seen."""
-        try:
-            os.listdir(self.shard(ident))
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as error:
-            return _disk_error(error, self.shard(ident))
+        errors: list[OSError] = []
+        _list(self.shard(ident), errors)
+        if errors:
+            return _disk_error(errors[0], self.shard(ident))
         return OfflineError("Not in the cache, and offline", uri=uri)
 
     def validated(self, entry: _Entry) -> float:
@@ -3504,7 +3440,7 @@ class _Store:
 
     def name(self, ident: str, source: _Source, validator: str, size: int, crc: str) -> str:
         head = f"{ident}_{_owner(source.private)}{validator}_{size:x}_{crc}_"
-        return head + _tail(source.name, _NAME_LIMIT - len(head))
+        return _full_name(head, source.name)
 
     def add(self, ident: str, name: str, data: memoryview, private: bool) -> str:
         """Publish a small object: one private file, one write, one rename."""
@@ -3589,8 +3525,11 @@ class _Lock:
 
     def __init__(self, store: _Store, ident: str) -> None:
         self._path = os.path.join(store.locks, ident[:3])
-        self._store, self._fd, self._gone = store, -1, False
+        self._store, self._ident, self._fd, self._gone = store, ident, -1, False
         self._guard = threading.Lock()
+
+    def __enter__(self) -> _Lock:
+        return self
 
     def acquire(self) -> bool:
         """Try once. False only if a peer surely holds it."""
@@ -3632,7 +3571,27 @@ class _Lock:
         except (OSError, ImportError, S3CacheError):
             pass
 
-    def release(self) -> None:
+    def await_peer(self, found: Callable[[], T | None], switch: _Stop | None) -> T | None:
+        """Wait while a peer's download grows; return what it published, or None: our turn."""
+        _TURN.leave()
+        pulse, since = -1, time.monotonic()
+        while True:
+            result = found()
+            if result:
+                return result
+            if self.acquire():
+                return found()  # its last holder may just have published
+            beat = self._store.pulse(self._ident)
+            if beat != pulse:
+                pulse, since = beat, time.monotonic()
+            # Without a beat it may be another object, whose lock is the same file.
+            if time.monotonic() - since > (_PEER_PATIENCE if beat else _PEER_PATIENCE / 10):
+                return None
+            if switch:
+                switch.check()
+            time.sleep(0.05)
+
+    def __exit__(self, *_: object) -> None:
         with self._guard:
             self._gone = True
             if self._fd >= 0:
@@ -4306,6 +4265,17 @@ def _local_path(text: str) -> str:
     return os.path.abspath(path) if path else ""
 
 
+def _no_local_path(text: str) -> NotFoundError:
+    """Return the error for a path that is not there, or that is no path."""
+    shown = _redact_path(text)
+    hint = None
+    if text.startswith(("s3:/", "http:/", "https:/")):  # `Path("s3://…")` drops a slash
+        hint = "Pass URIs as str: a Path keeps only one slash of two"
+    elif text.lstrip().startswith(("s3://", "http://", "https://")):
+        hint = "It begins with white space: strip the line that it was read from"
+    return NotFoundError(f"Local path not found: '{shown}'", uri=shown, hint=hint)
+
+
 def _fallback_dir() -> str:
     """Return a private directory below the temp directory: there is no usable home."""
     import tempfile
@@ -4369,20 +4339,20 @@ def _ident(place_id: tuple[str, ...]) -> str:
 # is a mapping, or an error.
 
 
-def _too_large(source: _Source) -> InvalidJSONError:
-    return InvalidJSONError(f"JSON document of more than {_human(_JSON_LIMIT)}", uri=source.uri)
+def _too_large(uri: str) -> InvalidJSONError:
+    return InvalidJSONError(f"JSON document of more than {_human(_JSON_LIMIT)}", uri=uri)
 
 
 def _collect(source: _Source, answer: _Answer, patience: _Patience) -> bytearray:
     """Return a whole body, if it is not too large for a document."""
     if answer.total is None:
-        data = bytearray(_read_up_to(answer.body, _JSON_LIMIT + 1))
+        data = _read_up_to(answer.body, _JSON_LIMIT + 1)
         if len(data) > _JSON_LIMIT:
-            raise _too_large(source)
+            raise _too_large(source.uri)
         return data
     if answer.total > _JSON_LIMIT:
         answer.body.close()
-        raise _too_large(source)
+        raise _too_large(source.uri)
     data = bytearray(answer.total)
     _pull(source, answer, _Sink(memoryview(data)), answer.total, patience)
     return data
@@ -4417,7 +4387,7 @@ def _is_zlib(data: bytearray) -> bool:
     return head >> 8 & 15 == 8 and head % 31 == 0 and not head & 0x20
 
 
-def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:
+def _inflate(data: bytearray, uri: str, coding: str) -> bytearray:
     """Undo Content-Encoding gzip or deflate, and no more of it than the ceiling (gzip bombs)."""
     import zlib
 
@@ -4431,16 +4401,16 @@ def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:
         try:
             out = _decompress(data, -15 if raw else 47, _JSON_LIMIT)
         except zlib.error as error:
-            raise InvalidJSONError(f"Invalid {coding} data: {error}", uri=source.uri) from None
+            raise InvalidJSONError(f"Invalid {coding} data: {error}", uri=uri) from None
         if out is None:
-            raise InvalidJSONError(f"Truncated {coding} data", uri=source.uri)
+            raise InvalidJSONError(f"Truncated {coding} data", uri=uri)
         if len(out) > _JSON_LIMIT:
-            raise _too_large(source)
+            raise _too_large(uri)
         data = out
     return data
 
 
-def _parse_json(data: bytearray, source: _Source, coding: str) -> dict[str, Any]:
+def _parse_json(data: bytearray, uri: str, coding: str) -> dict[str, Any]:
     """Parse UTF-8, UTF-16 or UTF-32, with or without a byte-order mark, into a mapping."""
     with _IMPORTS:
         import json
@@ -4451,15 +4421,13 @@ def _parse_json(data: bytearray, source: _Source, coding: str) -> dict[str, Any]
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         hint = f"Its Content-Encoding is '{_printable(coding)}'" if coding else None
         hint = "This looks like an HTML page" if data.lstrip()[:1] == b"<" else hint
-        invalid = InvalidJSONError(
-            f"Not valid JSON ({_printable(reason)})", uri=source.uri, hint=hint
-        )
+        invalid = InvalidJSONError(f"Not valid JSON ({_printable(reason)})", uri=uri, hint=hint)
         told = {name: getattr(error, name, None) for name in ("msg", "pos", "lineno", "colno")}
         vars(invalid).update({name: value for name, value in told.items() if value is not None})
         raise invalid from None
     if not isinstance(document, dict):
         kind = type(document).__name__
-        raise TypeError(f"Expected top-level JSON object, not {kind}: {_redact(source.uri)}")
+        raise TypeError(f"Expected top-level JSON object, not {kind}: {_redact(uri)}")
     return document
 
 
@@ -4485,7 +4453,26 @@ def _read_json(source: _Source) -> dict[str, Any]:
         else:
             _QUOTA.give()
             coding = answer.headers.get("content-encoding", "")
-            return _parse_json(_inflate(data, source, coding), source, coding)
+            return _parse_json(_inflate(data, source.uri, coding), source.uri, coding)
+
+
+def _read_file(path: str, text: str, uri: str) -> dict[str, Any]:
+    """Read the document in a local file; ``text`` is what the caller called it."""
+    try:
+        try:
+            file = open(path, "rb")  # noqa: SIM115  who reads it closes it
+        except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
+            raise _no_local_path(text) from None
+        data = _read_up_to(file, _JSON_LIMIT + 1)
+    except OSError as error:
+        if isinstance(error, S3CacheError) or _is_of_handler(error):
+            raise
+        cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
+        message = f"Cannot read {uri}: {error.strerror}"
+        raise cls(message, uri=uri, errno=error.errno) from None
+    if len(data) > _JSON_LIMIT:
+        raise _too_large(uri)
+    return _parse_json(_inflate(data, uri, ""), uri, "")
 
 
 def _is_offline(offline: bool = False) -> bool:
@@ -4497,13 +4484,11 @@ def _is_offline(offline: bool = False) -> bool:
 def _cached_json(target: _Target, access: _Access) -> dict[str, Any]:
     """Return a document from the default cache: offline, that is all there is."""
     store = _Store(_cache_dir(None))
-    source = next(access.sources(target, None))
+    source = next(access.sources(target))
     ident = _ident(source.place_id)
     for entry in store.find(ident, access.anonymous is not True, anew=True):
-        file = _File(entry.path, target.text)
-        file.uri = source.uri
         try:
-            document = _read_json(file)
+            document = _read_file(entry.path, target.text, source.uri)
         except (NotFoundError, AccessDeniedError):  # pruned since we looked, or another user's
             continue
         store.used(entry.path, entry.stamp)
@@ -4515,7 +4500,7 @@ def _load_json(target: _Target, access: _Access) -> dict[str, Any]:
     _import_early()
     if access.offline:
         return _cached_json(target, access)
-    return access.attempt(target, None, _read_json)
+    return access.attempt(target, _read_json)
 
 
 def _renamed(anon: bool | None, anonymous: bool | None) -> bool | None:
@@ -4661,7 +4646,7 @@ def get_json(
         return get_json_s3_uri(text, s3_client=s3_client, anonymous=anonymous)
     if scheme in ("http", "https"):
         return get_json_url(text)
-    return _read_json(_File(_local_path(text), text))
+    return _read_file(_local_path(text), text, _redact_path(text))
 
 
 # ==== 9 Cache =====================================================================================
@@ -4739,6 +4724,18 @@ class _Theirs(BaseException):
 
 
 class _Meter:
+    """Counts the bytes of a call, here for nobody: without progress it is its own tally, too."""
+
+    def __call__(self, size: int) -> None: ...
+    def expect(self, size: int) -> None: ...
+    def undo(self) -> None: ...
+    def close(self) -> None: ...
+
+
+_SILENT = _Meter()
+
+
+class _Told(_Meter):
     """Passes byte counts to the caller's progress, from any thread."""
 
     def __init__(self, callback: Callable[[int], object]) -> None:
@@ -4751,27 +4748,8 @@ class _Meter:
             except Exception as error:
                 raise _Theirs(error) from None
 
-    def expect(self, size: int) -> None:
-        pass
 
-    def close(self) -> None:
-        pass
-
-
-class _Silent(_Meter):
-    """The meter of a call without progress; its own tally."""
-
-    def __call__(self, size: int) -> None:
-        pass
-
-    def undo(self) -> None:
-        pass
-
-
-_SILENT = _Silent(int)
-
-
-class _Tally:
+class _Tally(_Meter):
     """Counts for a meter what one attempt brings, so that it can be taken back."""
 
     def __init__(self, meter: _Meter) -> None:
@@ -4795,7 +4773,7 @@ class _Tally:
         self._done = self._expected = 0
 
 
-class _Bar(_Meter):
+class _Bar(_Told):
     """One line on a terminal: bytes, rate, estimate; nothing at all anywhere else."""
 
     def __init__(self) -> None:
@@ -4848,7 +4826,7 @@ def _meter(progress: Progress) -> _Meter:
         return _Bar()
     if progress and not callable(progress):
         raise TypeError("progress must be True or callable")
-    return _Meter(progress) if progress else _SILENT
+    return _Told(progress) if progress else _SILENT
 
 
 class _Options:
@@ -5157,19 +5135,18 @@ class _Download:
         file: _Partial,
         opt: _Options,
         first: bool,
-        tally: _Tally | _Silent,
+        tally: _Meter,
     ) -> None:
         assert answer.etag is not None
-        assert answer.total is not None
         self.source, self.file, self.opt, self.tally = source, file, opt, tally
-        self.etag, self.total = answer.etag, answer.total
+        self.etag = answer.etag
         self.first: _Answer | None = answer if first else None
         self.switch = _Stop(opt.switch)
         if first:
             self.switch.hold(answer.body)
         self.received, self.least = 0, _SPAN_FAR
         self.body = answer.body  # as all the others will be
-        single = (first and answer.status == 200) or self.total <= opt.threshold
+        single = (first and answer.status == 200) or file.total <= opt.threshold
         self.limit = 1 if single else opt.max_concurrency
 
     def span(self) -> int:
@@ -5194,7 +5171,7 @@ class _Download:
             while True:
                 with self.file.lock:
                     first, self.first = self.first, None
-                run = (0, first.stop or self.total) if first else self.file.take(self.span())
+                run = (0, first.stop or self.file.total) if first else self.file.take(self.span())
                 if run is None:
                     return
                 self.switch.check()
@@ -5208,7 +5185,7 @@ class _Download:
         sink = _Chunks(self.file.write, buffer, self.count, start)
         asked = answered = time.monotonic()
         if answer is None:
-            answer = _resume(self.source, sink, stop, self.etag, self.total, patience)
+            answer = _resume(self.source, sink, stop, self.etag, self.file.total, patience)
             if answer.status == 200:
                 answer.body.close()
                 raise _AskPlainly
@@ -5269,29 +5246,6 @@ def _is_same(entry: _Entry, answer: _Answer) -> bool:
     if not validator or entry.validator != validator:
         return False
     return answer.total == entry.size or (answer.total is None and validator[0] != "m")
-
-
-def _await_peer(
-    store: _Store, ident: str, lock: _Lock, found: Callable[[], T | None], switch: _Stop | None
-) -> T | None:
-    """Wait while another process's download grows; return what it published, or None: our turn."""
-    _TURN.leave()
-    pulse, since = -1, time.monotonic()
-    while True:
-        result = found()
-        if result:
-            return result
-        if lock.acquire():
-            return found()  # its last holder may just have published
-        beat = store.pulse(ident)
-        if beat != pulse:
-            pulse, since = beat, time.monotonic()
-        # Without a beat it may be another object, whose lock is the same file.
-        if time.monotonic() - since > (_PEER_PATIENCE if beat else _PEER_PATIENCE / 10):
-            return None
-        if switch:
-            switch.check()
-        time.sleep(0.05)
 
 
 _ASKED: set[tuple[str, str]] = set()  # (root, object) that a request was sent ahead for
@@ -5493,27 +5447,24 @@ class _Fetch:
             entries = self.store.find(self.ident, self.source.private)
             return next((entry for entry in entries if _is_same(entry, answer)), None)
 
-        switch = self.opt.switch
-        # Both may fail to exclude: then two download, and the store is none the worse.
-        flight, lock = _Flight(self.key, switch), _Lock(self.store, self.ident)
+        # Flight and lock may fail to exclude: then two download, and the store is none the worse.
+        flight = _Flight(self.key, self.opt.switch)
         first = flight.acquire(blocking=self.waited)
         if not first:
             answer.body.close()
             flight.acquire()
         try:
-            if first and not lock.acquire() and not self.waited:
-                answer.body.close()
-                first = False
-            entry = found() if first else _await_peer(self.store, self.ident, lock, found, switch)
-            self.waited = self.waited or not first
-            if entry and self.store.confirm(entry.path):
-                return entry.path, True
-            return self._parts(answer, first, lock.held, found)
+            with _Lock(self.store, self.ident) as lock:
+                if first and not lock.acquire() and not self.waited:
+                    answer.body.close()
+                    first = False
+                entry = found() if first else lock.await_peer(found, self.opt.switch)
+                self.waited = self.waited or not first
+                if entry and self.store.confirm(entry.path):
+                    return entry.path, True
+                return self._parts(answer, first, lock.held, found)
         finally:
-            try:
-                lock.release()
-            finally:
-                flight.release()
+            flight.release()
 
     def _parts(
         self, answer: _Answer, first: bool, alone: bool, found: Callable[[], _Entry | None]
@@ -5659,16 +5610,6 @@ def _check_files(files: dict[str, _Key], folds: bool) -> None:
             raise CacheError(f"Directories differ only in case: {folder!r}", errno=errno.EEXIST)
 
 
-def _quietly(look: Callable[[T, _Options], _Fetch | None], item: T, opt: _Options) -> _Fetch | None:
-    """Look and ask ahead; what goes wrong is met again, and reported, in the call's turn."""
-    try:
-        return look(item, opt)
-    except (S3CacheError, OSError, ValueError, TypeError) as error:
-        if _is_of_handler(error):
-            raise
-        return None
-
-
 class _Batch:
     """Acts on every item in a crew of threads; the first error stops all and is raised.
 
@@ -5728,7 +5669,11 @@ class _Batch:
                         break
                     self._ahead += 1
                 begun.append((item, None))
-                begun[-1] = item, _quietly(self._look, item, opt)
+                try:
+                    begun[-1] = item, self._look(item, opt)
+                except (S3CacheError, OSError, ValueError, TypeError) as error:
+                    if _is_of_handler(error):  # all else is met again, and reported, in its turn
+                        raise
             for _, look in begun:
                 if look and look.begun:
                     look.begun.read_ahead()
@@ -5888,13 +5833,11 @@ class _Tree:
         lines = (f"{name}\0{k.etag or k.modified}\0{k.size}" for name, k in files.items())
         owner = _owner(self.source.private)
         head = f"{self.id}_{owner[0]}{_digest(owner, *lines)[:16]}_{len(files):x}_{size:x}_"
-        tail = _tail(self.source.name, _NAME_LIMIT - len(head))
-        path = os.path.join(self.store.trees, head + tail)
+        path = os.path.join(self.store.trees, _full_name(head, self.source.name))
         # Who waits for another thread's finds it whole.
         with _Flight((self.store.root, self.id), self.opt.switch):
-            if self.store.confirm(path) and _is_whole_tree(path, files):
-                return _result(self.source, path, "revalidated", None, size)
-            if not self.assemble(path, files):
+            whole = self.store.confirm(path) and _is_whole_tree(path, files)
+            if not whole and not self.assemble(path, files):
                 return None
         status = "downloaded" if self.fetched else "revalidated"
         return _result(self.source, path, status, None, size)
@@ -5965,9 +5908,8 @@ class _Tree:
     def file(self, key: _Key, opt: _Options, look: _Fetch | None) -> str:
         """Return the path of one file of the listing, downloaded if we do not hold it."""
         look = look or _Fetch(self.source.child(key.key), opt)
-        entered = False
+        entered = _TURN.enter()
         try:
-            entered = _TURN.enter()
             entry = self.entry(key, look)
             if entry:
                 return entry.path
@@ -6027,11 +5969,8 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
         with _Flight(fetch.key, opt.switch, not source.signed):
             awaited = store.recently_partial() and store.pulse(fetch.ident) > 0
             if awaited:
-                lock = _Lock(store, fetch.ident)
-                try:
-                    _await_peer(store, fetch.ident, lock, lambda: None, opt.switch)
-                finally:
-                    lock.release()
+                with _Lock(store, fetch.ident) as lock:
+                    lock.await_peer(lambda: None, opt.switch)
             fetch.renew(awaited)
             return fetch.run()
     except TransferError as error:
@@ -6057,19 +5996,19 @@ def _local(text: str) -> LocalizedResource:
 
 def _look_at(text: str, opt: _Options) -> _Fetch | None:
     """Look for a single object and ask ahead for it, if that is sure to be asked; else None."""
-    target = _target(text)
+    target = _target(text, opt.version)
     ours = target.kind == "http" and opt.version is None
     if target.kind == "s3":
         ours = not target.key.endswith("/") and not opt.access.signs(target.bucket)
     if not ours or opt.unasked:
         return None
-    look = _Fetch(opt.access.unsigned(target, opt.version), opt)
+    look = _Fetch(opt.access.unsigned(target), opt)
     return look if look.ask_ahead() else None
 
 
 def _localize_any(text: str, opt: _Options, look: _Fetch | None) -> LocalizedResource:
     """Localize one resource of any kind; ``look`` was taken before its turn, if there is one."""
-    target = _target(text)
+    target = _target(text, opt.version)
     is_tree = target.key.endswith("/")
     if opt.version is not None and (target.kind != "s3" or is_tree):
         raise ValueError("version_id is for single s3:// objects")
@@ -6078,11 +6017,10 @@ def _localize_any(text: str, opt: _Options, look: _Fetch | None) -> LocalizedRes
     _import_early()
     missing: NotFoundError | None = None
     if not is_tree:
-        entered = False
+        entered = _TURN.enter()
         try:
-            entered = _TURN.enter()
             made = look.source if look else None
-            return opt.access.attempt(target, opt.version, partial(_cached, opt, look), made)
+            return opt.access.attempt(target, partial(_cached, opt, look), made)
         except NotFoundError as error:
             if error.code != "NoSuchKey" or opt.version is not None:
                 raise
@@ -6090,7 +6028,7 @@ def _localize_any(text: str, opt: _Options, look: _Fetch | None) -> LocalizedRes
         finally:
             _TURN.exit(entered)
     try:
-        return opt.access.attempt(target, None, lambda source: _Tree(source, opt).localize())
+        return opt.access.attempt(target, lambda source: _Tree(source, opt).localize())
     except (NotFoundError, AccessDeniedError) as error:
         # Of the listing: that there is no such object says more. A file's own error stays.
         raise (missing if missing and error.uri == missing.uri else error) from None
@@ -6675,7 +6613,7 @@ def _do_ls(args: Any) -> int:
                 record = {"uri": uri, "size": key.size, "etag": key.etag}
                 print(_json_line(record) if args.json else _printable(uri))
 
-        access.attempt(_Target("s3", args.uri, bucket, prefix), None, show)
+        access.attempt(_Target("s3", args.uri, bucket, prefix), show)
         return 0
     for entry in _manager(args).entries():
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))

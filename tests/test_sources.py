@@ -1047,11 +1047,11 @@ def test_offline_an_object_has_the_name_that_it_has_signed(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     target = s3c._target(f"s3://{bucket}/key")
-    online = next(s3c._Access(False).sources(target, None)).place_id
-    assert next(s3c._Access(False, offline=True).sources(target, None)).place_id == online
+    online = next(s3c._Access(False).sources(target)).place_id
+    assert next(s3c._Access(False, offline=True).sources(target)).place_id == online
     monkeypatch.setitem(sys.modules, "boto3.session", None)
     monkeypatch.setattr(s3c, "_CLIENTS", {})
-    without = next(s3c._Access(False, offline=True).sources(target, None)).place_id
+    without = next(s3c._Access(False, offline=True).sources(target)).place_id
     assert config or without == online
 
 
