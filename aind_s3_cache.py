@@ -3145,7 +3145,9 @@ class _Entry:
         self.stamp = found.st_mtime
         self.held = found.st_size if stat.S_ISREG(found.st_mode) else -1
         # The size in the name decides: no stamp can lie about it, and no second file is needed.
-        return self.held == self.size
+        # Another user's may be private, or made under a umask that lets nobody else read it.
+        is_open = found.st_mode & stat.S_IROTH != 0
+        return self.held == self.size and (is_open or os.access(self.path, os.R_OK))
 
 
 def _parse_entry(path: str) -> _Entry | None:
@@ -3480,9 +3482,7 @@ class _Store:
         good = []
         for name in found:
             entry = _parse_entry(directory + os.sep + name)
-            if entry and entry.private and not (private and os.access(entry.path, os.R_OK)):
-                continue  # not for this caller, or of another user
-            if entry and entry.check():
+            if entry and (private or not entry.private) and entry.check():
                 good.append(entry)
         return sorted(good, key=self.validated, reverse=True) if good[1:] else good
 
