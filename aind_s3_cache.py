@@ -2661,7 +2661,9 @@ class _Access:
     ) -> None:
         if s3_client is not None:
             _require("s3_client", s3_client, "get_object", "a boto3 S3 client")
-        self.anonymous, self.client, self.env = anonymous, s3_client, _Env()
+        # What NumPy or a file of settings has for them is compared by identity below.
+        self.anonymous = None if anonymous is None else bool(anonymous)
+        self.client, self.env = s3_client, _Env()
         self.offline = offline  # sources are not read, they only name what may be in the cache
 
     def signs(self, bucket: str) -> bool:

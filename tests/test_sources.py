@@ -898,6 +898,17 @@ def test_it_is_never_served_to_an_anonymous_call(
 
 
 @NEEDS_BOTO3
+def test_0_and_1_are_as_good_as_false_and_true(
+    held: tuple[str, Any], server: Server, publish: Publish, get: Get
+) -> None:
+    anonymous: Any = 1  # as a table or a file of settings has it
+    failing(get, held[0], s3c.OfflineError, anonymous=anonymous, offline=True)
+    server.reset()
+    get(publish({}, key="public", bucket="other"), anonymous=anonymous - 1)
+    assert signed(server) == [True]
+
+
+@NEEDS_BOTO3
 @pytest.mark.usefixtures("quick")
 def test_it_is_no_stale_copy_for_an_anonymous_call(
     held: tuple[str, Any], server: Server, get: Get
