@@ -174,6 +174,7 @@ _JSON_LIMIT = 256 * _MiB  # bytes of a JSON document, as sent and as decoded
 _REDIRECTS = 10  # as browsers, curl and requests allow about
 
 _IDLE_CONNECTIONS = 32  # kept over all origins: as many as a batch uses at most
+_CLIENTS_KEPT = 4  # of boto3, of as many environments: 12 MiB each, and 2 connections
 _IDLE_SECONDS = 15.0  # S3 closes at 20 s; a little earlier saves the failed attempt
 
 _RETRIES = 8  # attempts after the first without a byte of progress
@@ -2623,6 +2624,8 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
                 raise S3CacheError(text, hint="Check the AWS configuration") from None
             _log(_WARNING, "%s", text)
         if lasts:  # who logs in meanwhile must not meet a client without credentials
+            if len(_CLIENTS) >= _CLIENTS_KEPT:  # of tokens that were renewed since, hour by hour
+                _CLIENTS.clear()
             _CLIENTS[env] = client
         elif client is None:
             _NO_CREDENTIALS[env] = time.monotonic()

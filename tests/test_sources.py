@@ -576,6 +576,19 @@ def test_after_a_new_login_the_keys_of_the_old_one_are_forgotten(
 
 @NEEDS_BOTO3
 @pytest.mark.usefixtures("keys")
+def test_clients_of_tokens_that_were_renewed_are_not_kept_for_ever(
+    server: Server, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_CLIENTS", {})
+    for hour in range(6):
+        monkeypatch.setenv("AWS_SESSION_TOKEN", f"token-{hour}")
+        s3c.get_json(publish({}), anonymous=False)
+        assert server.seen[-1].headers["x-amz-security-token"] == f"token-{hour}"
+    assert len(s3c._CLIENTS) < 5
+
+
+@NEEDS_BOTO3
+@pytest.mark.usefixtures("keys")
 def test_a_proxy_that_is_set_later_is_used_for_signed_calls_too(
     server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
