@@ -2390,10 +2390,13 @@ class _Signed(_S3):
             status = meta.get("HTTPStatusCode") or _digits(code) or _CODE_STATUS.get(code, 0)
             code = "" if code.isdigit() else code  # botocore's stand-in for an empty body
             made = self._error(status, headers, b"", code or None)
-            operation = str(getattr(error, "operation_name", ""))
-            if made.code == "AccessDenied" and operation.startswith("AssumeRole"):  # STS says so
-                made.hint = f"boto3 got no credentials: {operation} was refused"
-            return made
+            operation = str(getattr(error, "operation_name", "GetObject"))
+            if operation in ("GetObject", "ListObjectsV2") or isinstance(made, TransferError):
+                return made
+            # STS or SSO says so, and nothing of the object.
+            text = f"boto3 got no credentials: {operation} was refused"
+            hint = made.hint if code in _EXPIRED_CODES else None
+            return AccessDeniedError(text, uri=self.uri, status=status, code=made.code, hint=hint)
         name = type(error).__name__
         bases = {cls.__name__ for cls in type(error).__mro__}
         if "NoCredentialsError" in bases:

@@ -686,13 +686,18 @@ def test_credentials_that_cannot_be_fetched_now_are_no_refusal(
 
 @NEEDS_BOTO3
 @pytest.mark.parametrize("anonymous", [None, False])
+@pytest.mark.parametrize(
+    ("status", "code"), [(403, "AccessDenied"), (400, "InvalidIdentityToken"), (404, "NoSuchRole")]
+)
 def test_a_role_that_is_refused_is_told_from_an_object_that_is(
-    anonymous: bool | None, server: Server, sts: Server, publish: Publish, get: Get
+    status: int, code: str, anonymous: Any, server: Server, sts: Server, publish: Publish, get: Get
 ) -> None:
-    sts.always(403, b"<ErrorResponse><Error><Code>AccessDenied</Code></Error></ErrorResponse>")
+    body = f"<ErrorResponse><Error><Code>{code}</Code></Error></ErrorResponse>"
+    sts.always(status, body.encode())
     uri = publish({}, private=True)
     error = failing(get, uri, s3c.AccessDeniedError, anonymous=anonymous)
-    assert error.hint == "boto3 got no credentials: AssumeRoleWithWebIdentity was refused"
+    assert error.message == "boto3 got no credentials: AssumeRoleWithWebIdentity was refused"
+    assert (error.status, error.code) == (status, code)
 
 
 @NEEDS_BOTO3
