@@ -2127,11 +2127,14 @@ class _Source:
         self, status: int, headers: dict[str, str], body: bytes, code: str | None = None
     ) -> S3CacheError:
         """Return the error that an answer means, with the likely cause and the next step."""
+        told = _parse_error(body) if self.kind == "s3" else {}
         if self.kind == "s3":  # botocore, too, takes the status for a code that is not told
-            code = code or _parse_error(body).get("Code") or _S3_CODES.get(status, str(status))
+            code = code or told.get("Code") or _S3_CODES.get(status, str(status))
         cls = _REFUSALS.get(_CODE_STATUS.get(code or "", status), S3CacheError)
         retry = _retry_kind(status, code)
-        if status == 400 and code in (_EXPIRED_CODES if self.signed else _UNSIGNED_CODES):
+        refused = code in (_EXPIRED_CODES if self.signed else _UNSIGNED_CODES)
+        # Cloudflare's R2 says of any request without a signature: InvalidArgument, Authorization.
+        if status == 400 and (refused or told.get("Message") == "Authorization"):
             cls = AccessDeniedError
         if status >= 500 or retry != "no":
             cls = TransferError
@@ -2736,8 +2739,8 @@ class _Access:
             except AccessDeniedError as error:
                 following = next(sources, None)
                 if following is None:
-                    if error.code == "AccessDenied" and not source.signed:
-                        error.hint = f"{error.hint}. {self._why_unsigned()}"
+                    if not source.signed and (error.code == "AccessDenied" or error.status == 400):
+                        error.hint = ". ".join(filter(None, (error.hint, self._why_unsigned())))
                     raise
                 source = following
             except S3CacheError as error:

@@ -372,6 +372,25 @@ print([name for name in ("boto3", "botocore", "urllib3") if name in sys.modules]
 
 
 @NEEDS_BOTO3
+@pytest.mark.parametrize(
+    ("code", "message"), [("MissingSecurityHeader", ""), ("InvalidArgument", "Authorization")]
+)
+def test_a_server_that_refuses_under_400_is_asked_again_signed(
+    code: str, message: str, server: Server, publish: Publish, get: Get, monkeypatch: Any
+) -> None:
+    """The second is Cloudflare's R2."""
+    pytest.importorskip("boto3")
+    refusal = s3_error(code, 400, Message=message)
+    server.before = lambda asked: None if "authorization" in asked.headers else refusal
+    uri = publish({})
+    error = failing(get, uri, s3c.AccessDeniedError)
+    assert (error.code, "boto3 finds no credentials" in error.hint) == (code, True)
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    assert get(uri).size == 2
+
+
+@NEEDS_BOTO3
 @pytest.mark.usefixtures("keys")
 def test_a_private_bucket_is_asked_again_signed_and_then_remembered(
     server: Server, publish: Publish, get: Get
