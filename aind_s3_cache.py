@@ -2088,7 +2088,7 @@ class _Patience:
 # Three senders and a file behind one ``read(fields) -> _Answer``. 200, 206, 304, 412 and 416 are
 # answers; everything else is raised. The only section that names boto3.
 
-_REGIONS: dict[tuple[str, str], str] = {}  # (endpoint, bucket) -> region, learnt from redirects
+_REGIONS: dict[tuple[str, str], str] = {}  # (world, bucket) -> region, learnt from redirects
 _SIGNED_BUCKETS: set[tuple[str, str]] = set()  # (endpoint, bucket) that refused us unsigned
 _CLIENTS: dict[tuple[tuple[str, str], ...], Any] = {}  # our own, by the environment of each
 _DIRECTORY_BUCKET = "--x-s3", "--xa-s3"  # how the names of such and of their access points end
@@ -2248,7 +2248,7 @@ class _Unsigned(_S3):
         """Return where an object, or with an empty key the bucket, is asked for."""
         if not self.endpoint:
             # What a bucket told us is surer than what the environment guesses.
-            region = _REGIONS.get(("", self.bucket)) or self.env.region
+            region = _REGIONS.get((self.place_id[1], self.bucket)) or self.env.region
             return _aws_place(self.bucket, key, region, query)
         base = _endpoint_place(self.endpoint)
         path = f"{base.target.rstrip('/')}/{self.bucket}/{_quote(key)}{query}"
@@ -2281,7 +2281,7 @@ class _Unsigned(_S3):
         region = self._region(headers, text, exchange.switch)
         if region:
             _log(_DEBUG, "%s is in %s", self.bucket, region)
-            _REGIONS[self.endpoint, self.bucket] = region
+            _REGIONS[self.place_id[1], self.bucket] = region
             again = _Exchange(self._at(key, query), self.env, exchange.switch, exchange.fields)
             there, here = again.place, exchange.place
             if moved or (there.origin, there.target) != (here.origin, here.target):
