@@ -167,6 +167,7 @@ _JSON_LIMIT = 256 * _MiB  # bytes of a JSON document, as sent and as decoded
 _REDIRECTS = 10  # as browsers, curl and requests allow about
 
 _IDLE_CONNECTIONS = 32  # kept over all origins: as many as a batch uses at most
+_CLIENTS_KEPT = 4  # of boto3, of as many environments: 12 MiB each, and 2 connections
 _IDLE_SECONDS = 15.0  # S3 closes at 20 s; a little earlier saves the failed attempt
 
 _RETRIES = 8  # attempts after the first without a byte of progress
@@ -2073,7 +2074,7 @@ class _Patience:
 # Three senders behind one ``read(fields) -> _Answer``. 200, 206, 304, 412 and 416 are answers;
 # everything else is raised. The only section that names boto3.
 
-_REGIONS: dict[tuple[str, str], str] = {}  # (endpoint, bucket) -> region, learnt from redirects
+_REGIONS: dict[tuple[str, str], str] = {}  # (world, bucket) -> region, learnt from redirects
 _SIGNED_BUCKETS: set[tuple[str, str]] = set()  # (endpoint, bucket) that refused us unsigned
 _CLIENTS: dict[tuple[tuple[str, str], ...], Any] = {}  # our own, by the environment of each
 _DIRECTORY_BUCKET = "--x-s3", "--xa-s3"  # how the names of such and of their access points end
@@ -2112,11 +2113,14 @@ class _Source:
         self, status: int, headers: dict[str, str], body: bytes, code: str | None = None
     ) -> S3CacheError:
         """Return the error that an answer means, with the likely cause and the next step."""
+        told = _parse_error(body) if self.kind == "s3" else {}
         if self.kind == "s3":  # botocore, too, takes the status for a code that is not told
-            code = code or _parse_error(body).get("Code") or _S3_CODES.get(status, str(status))
+            code = code or told.get("Code") or _S3_CODES.get(status, str(status))
         cls = _REFUSALS.get(_CODE_STATUS.get(code or "", status), S3CacheError)
         retry = _retry_kind(status, code)
-        if status == 400 and code in (_EXPIRED_CODES if self.signed else _UNSIGNED_CODES):
+        refused = code in (_EXPIRED_CODES if self.signed else _UNSIGNED_CODES)
+        # Cloudflare's R2 says of any request without a signature: InvalidArgument, Authorization.
+        if status == 400 and (refused or told.get("Message") == "Authorization"):
             cls = AccessDeniedError
         if status >= 500 or retry != "no":
             cls = TransferError
@@ -2230,7 +2234,7 @@ class _Unsigned(_S3):
         """Return where an object, or with an empty key the bucket, is asked for."""
         if not self.endpoint:
             # What a bucket told us is surer than what the environment guesses.
-            region = _REGIONS.get(("", self.bucket)) or self.env.region
+            region = _REGIONS.get((self.place_id[1], self.bucket)) or self.env.region
             return _aws_place(self.bucket, key, region, query)
         base = _endpoint_place(self.endpoint)
         path = f"{base.target.rstrip('/')}/{self.bucket}/{_quote(key)}{query}"
@@ -2263,7 +2267,7 @@ class _Unsigned(_S3):
         region = self._region(headers, text, exchange.switch)
         if region:
             _log(_DEBUG, "%s is in %s", self.bucket, region)
-            _REGIONS[self.endpoint, self.bucket] = region
+            _REGIONS[self.place_id[1], self.bucket] = region
             again = _Exchange(self._at(key, query), self.env, exchange.switch, exchange.fields)
             there, here = again.place, exchange.place
             if moved or (there.origin, there.target) != (here.origin, here.target):
@@ -2375,10 +2379,13 @@ class _Signed(_S3):
             status = meta.get("HTTPStatusCode") or _digits(code) or _CODE_STATUS.get(code, 0)
             code = "" if code.isdigit() else code  # botocore's stand-in for an empty body
             made = self._error(status, headers, b"", code or None)
-            operation = str(getattr(error, "operation_name", ""))
-            if made.code == "AccessDenied" and operation.startswith("AssumeRole"):  # STS says so
-                made.hint = f"boto3 got no credentials: {operation} was refused"
-            return made
+            operation = str(getattr(error, "operation_name", "GetObject"))
+            if operation in ("GetObject", "ListObjectsV2") or isinstance(made, TransferError):
+                return made
+            # STS or SSO says so, and nothing of the object.
+            text = f"boto3 got no credentials: {operation} was refused"
+            hint = made.hint if code in _EXPIRED_CODES else None
+            return AccessDeniedError(text, uri=self.uri, status=status, code=made.code, hint=hint)
         name = type(error).__name__
         bases = {cls.__name__ for cls in type(error).__mro__}
         if "NoCredentialsError" in bases:
@@ -2548,6 +2555,8 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
                 raise S3CacheError(text, hint="Check the AWS configuration") from None
             _log(_WARNING, "%s", text)
         if lasts:  # who logs in meanwhile must not meet a client without credentials
+            if len(_CLIENTS) >= _CLIENTS_KEPT:  # of tokens that were renewed since, hour by hour
+                _CLIENTS.clear()
             _CLIENTS[env] = client
         elif client is None:
             _NO_CREDENTIALS[env] = time.monotonic()
@@ -2588,7 +2597,9 @@ class _Access:
     ) -> None:
         if s3_client is not None:
             _require("s3_client", s3_client, "get_object", "a boto3 S3 client")
-        self.anonymous, self.client, self.env = anonymous, s3_client, _Env()
+        # What NumPy or a file of settings has for them is compared by identity below.
+        self.anonymous = None if anonymous is None else bool(anonymous)
+        self.client, self.env = s3_client, _Env()
         self.offline = offline  # sources are not read, they only name what may be in the cache
 
     def signs(self, bucket: str) -> bool:
@@ -2649,8 +2660,8 @@ class _Access:
             except AccessDeniedError as error:
                 following = next(sources, None)
                 if following is None:
-                    if error.code == "AccessDenied" and not source.signed:
-                        error.hint = f"{error.hint}. {self._why_unsigned()}"
+                    if not source.signed and (error.code == "AccessDenied" or error.status == 400):
+                        error.hint = ". ".join(filter(None, (error.hint, self._why_unsigned())))
                     raise
                 source = following
             except S3CacheError as error:
@@ -3064,7 +3075,9 @@ class _Entry:
         self.stamp = found.st_mtime
         self.held = found.st_size if stat.S_ISREG(found.st_mode) else -1
         # The size in the name decides: no stamp can lie about it, and no second file is needed.
-        return self.held == self.size
+        # Another user's may be private, or made under a umask that lets nobody else read it.
+        is_open = found.st_mode & stat.S_IROTH != 0
+        return self.held == self.size and (is_open or os.access(self.path, os.R_OK))
 
 
 def _parse_entry(path: str) -> _Entry | None:
@@ -3400,9 +3413,7 @@ class _Store:
         good = []
         for name in found:
             entry = _parse_entry(directory + os.sep + name)
-            if entry and entry.private and not (private and os.access(entry.path, os.R_OK)):
-                continue  # not for this caller, or of another user
-            if entry and entry.check():
+            if entry and (private or not entry.private) and entry.check():
                 good.append(entry)
         return sorted(good, key=self.validated, reverse=True) if good[1:] else good
 

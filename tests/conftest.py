@@ -33,7 +33,8 @@ SUBJECT_FILE = Path(str(s3c.__file__)).resolve()
 BUCKET = "aind-open-data"  # the guide's
 OWN_HOSTS = ["127.0.0.1", "::1", "localhost"]
 AWS_HOSTS = [
-    f"{star}s3.{region}amazonaws.com" for star in ("*.", "") for region in ("", "us-west-2.")
+    *(f"{star}s3.{region}amazonaws.com" for star in ("*.", "") for region in ("", "us-west-2.")),
+    "*.s3.cn-north-1.amazonaws.com.cn",
 ]
 
 Publish = Callable[..., str]

@@ -387,6 +387,18 @@ def test_a_wrong_region_of_the_environment_is_corrected(
     assert get("s3://corrected/a").size == 4
 
 
+def test_a_region_learnt_is_not_that_of_a_bucket_of_the_same_name_in_china(
+    aws: Callable[..., Server], get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = aws("twin")
+    elsewhere(server, *MOVED["301 in the header"])
+    get("s3://twin/a")
+    server.before = None
+    monkeypatch.setenv("AWS_REGION", "cn-north-1")
+    assert get("s3://twin/a").status == "downloaded"
+    assert hosts(server)[-1] == "GET twin.s3.cn-north-1.amazonaws.com.cn"
+
+
 @pytest.mark.parametrize("bucket", ["with.dots", "Upper", "under_score"])
 def test_a_bucket_that_no_certificate_covers_is_asked_in_path_style(
     bucket: str, aws: Callable[..., Server], get: Get, monkeypatch: pytest.MonkeyPatch

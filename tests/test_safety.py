@@ -208,6 +208,22 @@ def test_a_colleagues_cache_may_be_read(
 
 
 @pytest.mark.root
+def test_what_a_colleague_lets_nobody_read_is_fetched_for_oneself(
+    public: Path, publish: Publish, as_nobody: AsNobody
+) -> None:
+    """As under umask 077, in shards that whoever had umask 002 made."""
+    uri = publish(b"data")
+    get = partial(s3c.get_local_path_for_resource, uri, cache_dir=public)
+    path = get().path
+    path.chmod(0o400)
+    with pytest.raises(s3c.OfflineError):
+        as_nobody(lambda: get(offline=True))
+    path.parent.chmod(0o777)
+    assert as_nobody(lambda: get().path.read_bytes()) == b"data"
+    assert get().status == "revalidated"
+
+
+@pytest.mark.root
 @pytest.mark.boto3
 def test_offline_a_private_copy_of_another_user_does_not_hide_a_public_one(
     public: Path, publish: Publish, as_nobody: AsNobody, monkeypatch: pytest.MonkeyPatch

@@ -370,6 +370,25 @@ print([name for name in ("boto3", "botocore", "urllib3") if name in sys.modules]
 
 
 @NEEDS_BOTO3
+@pytest.mark.parametrize(
+    ("code", "message"), [("MissingSecurityHeader", ""), ("InvalidArgument", "Authorization")]
+)
+def test_a_server_that_refuses_under_400_is_asked_again_signed(
+    code: str, message: str, server: Server, publish: Publish, get: Get, monkeypatch: Any
+) -> None:
+    """The second is Cloudflare's R2."""
+    pytest.importorskip("boto3")
+    refusal = s3_error(code, 400, Message=message)
+    server.before = lambda asked: None if "authorization" in asked.headers else refusal
+    uri = publish({})
+    error = failing(get, uri, s3c.AccessDeniedError)
+    assert (error.code, "boto3 finds no credentials" in error.hint) == (code, True)
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    assert get(uri).size == 2
+
+
+@NEEDS_BOTO3
 @pytest.mark.usefixtures("keys")
 def test_a_private_bucket_is_asked_again_signed_and_then_remembered(
     server: Server, publish: Publish, get: Get
@@ -574,6 +593,19 @@ def test_after_a_new_login_the_keys_of_the_old_one_are_forgotten(
 
 @NEEDS_BOTO3
 @pytest.mark.usefixtures("keys")
+def test_clients_of_tokens_that_were_renewed_are_not_kept_for_ever(
+    server: Server, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_CLIENTS", {})
+    for hour in range(6):
+        monkeypatch.setenv("AWS_SESSION_TOKEN", f"token-{hour}")
+        s3c.get_json(publish({}), anonymous=False)
+        assert server.seen[-1].headers["x-amz-security-token"] == f"token-{hour}"
+    assert len(s3c._CLIENTS) < 5
+
+
+@NEEDS_BOTO3
+@pytest.mark.usefixtures("keys")
 def test_a_proxy_that_is_set_later_is_used_for_signed_calls_too(
     server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -671,13 +703,18 @@ def test_credentials_that_cannot_be_fetched_now_are_no_refusal(
 
 @NEEDS_BOTO3
 @pytest.mark.parametrize("anonymous", [None, False])
+@pytest.mark.parametrize(
+    ("status", "code"), [(403, "AccessDenied"), (400, "InvalidIdentityToken"), (404, "NoSuchRole")]
+)
 def test_a_role_that_is_refused_is_told_from_an_object_that_is(
-    anonymous: bool | None, server: Server, sts: Server, publish: Publish, get: Get
+    status: int, code: str, anonymous: Any, server: Server, sts: Server, publish: Publish, get: Get
 ) -> None:
-    sts.always(403, b"<ErrorResponse><Error><Code>AccessDenied</Code></Error></ErrorResponse>")
+    body = f"<ErrorResponse><Error><Code>{code}</Code></Error></ErrorResponse>"
+    sts.always(status, body.encode())
     uri = publish({}, private=True)
     error = failing(get, uri, s3c.AccessDeniedError, anonymous=anonymous)
-    assert error.hint == "boto3 got no credentials: AssumeRoleWithWebIdentity was refused"
+    assert error.message == "boto3 got no credentials: AssumeRoleWithWebIdentity was refused"
+    assert (error.status, error.code) == (status, code)
 
 
 @NEEDS_BOTO3
@@ -893,6 +930,17 @@ def test_it_is_never_served_to_an_anonymous_call(
     server.reset()
     failing(get, held[0], getattr(s3c, error), anonymous=True, **options)
     assert not any("if-none-match" in request.headers for request in server.seen)
+
+
+@NEEDS_BOTO3
+def test_0_and_1_are_as_good_as_false_and_true(
+    held: tuple[str, Any], server: Server, publish: Publish, get: Get
+) -> None:
+    anonymous: Any = 1  # as a table or a file of settings has it
+    failing(get, held[0], s3c.OfflineError, anonymous=anonymous, offline=True)
+    server.reset()
+    get(publish({}, key="public", bucket="other"), anonymous=anonymous - 1)
+    assert signed(server) == [True]
 
 
 @NEEDS_BOTO3
