@@ -185,6 +185,7 @@ _RETRY_TOKENS = 500  # per process, 5 a retry, 1 back per success: ends storms, 
 
 _WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
 _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
+_WORKERS_ALL = 96  # of all calls; with more join none, for a Mac gives a process 256 open files
 _GROW_EVERY = 0.01  # seconds between two looks at that: by then a fast server has sent a megabyte
 _BATCH_EVERY = 0.05  # seconds between two looks at how busy they are
 _BATCH_BUSY = 0.75  # share of that time on a CPU: above, more threads only fight
@@ -5058,6 +5059,7 @@ def _after_fork() -> None:
     _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.RLock(), threading.RLock(), threading.RLock()
     _FLIGHTS.clear()
     _ASKED.clear()
+    _CREWS.clear()
     _CLIENTS.clear()
     _process_id.cache_clear()
 
@@ -5080,6 +5082,15 @@ class _Cpu(threading.local):
 
 
 _CPU = _Cpu()
+
+
+_CREWS: set[_Crew] = set()  # at work, in all calls
+
+
+def _share() -> int:
+    """Return how many threads a crew may add, so that all may; below 0 it has more already."""
+    crews = _CREWS.copy()
+    return (_WORKERS_ALL - sum(crew.active for crew in crews)) // (len(crews) or 1)
 
 
 class _Crew:
@@ -5115,6 +5126,7 @@ class _Crew:
     def run(self, start: int, grow: Callable[[int], int]) -> None:
         """Work with ``start`` threads; now and then ``grow(active)`` says how many more."""
         try:
+            _CREWS.add(self)
             self._start(start)
             while True:
                 with self._changed:
@@ -5134,6 +5146,8 @@ class _Crew:
             self._errors.clear()  # whoever stays behind must not keep what the traceback holds
             _unmask(error)
             raise
+        finally:
+            _CREWS.discard(self)
 
     def _is_due(self) -> bool:
         return bool(self._errors) or not self.active
@@ -5297,7 +5311,7 @@ class _Download:
             free = self.file.free * _CHUNK // self.span() + 1
             # More connections help where each is slow; on a fast server they only cost.
             slow = rate < active * _WORKER_RATE
-            return min(self.limit - active, free) if slow else 0
+            return min(self.limit - active, free, _share()) if slow else 0
 
         runs = -(-self.file.free * _CHUNK // self.span()) + (self.first is not None)
         crew = _Crew(self.work, self.switch)
@@ -5779,7 +5793,7 @@ class _Batch:
         self._grown, self._cpu = now, used
         more = 0 if busy > _BATCH_BUSY else active if busy > 0.4 * _BATCH_BUSY else 3 * active
         with self._lock:
-            count = max(0, min(more, self._limit - self._threads - self._ahead))
+            count = max(0, min(more, self._limit - self._threads - self._ahead, _share()))
             self._threads += count
             return count
 
@@ -5791,6 +5805,7 @@ class _Batch:
             while len(begun) < _AHEAD and time.monotonic() < until:
                 with self._lock:
                     full = self._threads + self._ahead >= self._limit
+                    full = full or len(_POOL.open) >= _WORKERS_ALL
                     item = None if full else next(self._items, None)
                     if item is None:
                         break
@@ -6209,7 +6224,8 @@ def get_local_path_for_resource(
         None: unsigned first; on 401 or 403 signed, if boto3 is there and finds credentials. True:
         unsigned only. False: signed only. What is fetched signed is kept private (mode 0600).
     max_concurrency : int
-        Connections for one large object, at most; a fast server is given fewer.
+        Connections for one large object, at most; a fast server is given fewer, and so are many
+        objects at a time.
     multipart_threshold_bytes : int
         Above it (bytes) an object comes in parallel ranges.
     max_age : float
