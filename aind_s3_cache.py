@@ -181,7 +181,7 @@ _RETRY_BASE = 0.05  # seconds; botocore and S3 guidance: full jitter over base *
 _RETRY_BASE_THROTTLED = 1.0  # seconds; a throttling server needs the pause, a dropped one does not
 _RETRY_CAP = 20.0  # seconds at most for one pause
 _RETRY_TOTAL = 60.0  # seconds since the last progress; a longer Retry-After fails at once
-_RETRY_TOKENS = 500  # per process, 5 a retry, 1 back per success: ends storms, as botocore does
+_RETRY_TOKENS = 500  # per process, 5 a retry, 1 back per object or block: ends storms, as botocore
 
 _WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
 _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
@@ -2817,6 +2817,8 @@ class _Chunks(_Sink):
         self._file.finish(self._base // _CHUNK, _crcs(whole))
         self.view[:left] = self.view[size : size + left]
         self._base += size
+        if size:
+            _QUOTA.give()
         self._due = time.monotonic() + _LOG_EVERY
 
     def end(self) -> None:
@@ -5284,7 +5286,6 @@ class _Download:
         patience.progress()
         if answered > asked:
             self.learn(stop - start, asked, answered)
-        _QUOTA.give()
         _CPU.note()
 
     def run(self, found: Callable[[], _Entry | None]) -> _Entry | None:

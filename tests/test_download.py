@@ -97,6 +97,15 @@ def test_a_body_that_ends_early_is_resumed(
     assert any(came - s3c._CHUNK <= start <= came for start, _ in ranges(server))
 
 
+def test_a_line_that_is_cut_all_the_time_brings_an_object_of_any_size(
+    publish: Publish, unsigned: Get, cut: Any
+) -> None:
+    """What each connection brings is progress, and no storm of retries."""
+    data = random(12 * LARGE)
+    cut(40_000, CLOSE, times=float("inf"))
+    assert unsigned(publish(data)).path.read_bytes() == data
+
+
 @SIZES
 def test_a_body_that_always_ends_early_is_never_published(
     size: int, publish: Publish, fetch: Get, cut: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
