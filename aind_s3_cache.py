@@ -5625,6 +5625,8 @@ class _Fetch:
             vain = _Changed, _AskPlainly, NotFoundError, IntegrityError, CacheError
             if isinstance(error, vain) or 2 not in file.state:
                 _drop_partial(file.path)
+            if isinstance(error, CacheError) and error.errno == errno.ESTALE:
+                raise _Changed from None  # NFS: a faster peer on another host removed our file
             raise
         finally:
             for behind, _, _ in hashes:
