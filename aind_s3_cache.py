@@ -175,10 +175,11 @@ _RETRY_BASE = 0.05  # seconds; botocore and S3 guidance: full jitter over base *
 _RETRY_BASE_THROTTLED = 1.0  # seconds; a throttling server needs the pause, a dropped one does not
 _RETRY_CAP = 20.0  # seconds at most for one pause
 _RETRY_TOTAL = 60.0  # seconds since the last progress; a longer Retry-After fails at once
-_RETRY_TOKENS = 500  # per process, 5 a retry, 1 back per success: ends storms, as botocore does
+_RETRY_TOKENS = 500  # per process, 5 a retry, 1 back per object or block: ends storms, as botocore
 
 _WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
 _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
+_WORKERS_ALL = 96  # of all calls; with more join none, for a Mac gives a process 256 open files
 _GROW_EVERY = 0.01  # seconds between two looks at that: by then a fast server has sent a megabyte
 _BATCH_EVERY = 0.05  # seconds between two looks at how busy they are
 _BATCH_BUSY = 0.75  # share of that time on a CPU: above, more threads only fight
@@ -2749,6 +2750,8 @@ class _Chunks(_Sink):
         self._write(whole, self._base, _crcs(whole))
         self.view[:left] = self.view[size : size + left]
         self._base += size
+        if size:
+            _QUOTA.give()
         self._due = time.monotonic() + _LOG_EVERY
 
     def end(self) -> None:
@@ -4994,6 +4997,7 @@ def _after_fork() -> None:
     _FLIGHTS_LOCK, _CLIENT_LOCK, _IMPORTS = threading.RLock(), threading.RLock(), threading.RLock()
     _FLIGHTS.clear()
     _ASKED.clear()
+    _CREWS.clear()
     _CLIENTS.clear()
     _process_id.cache_clear()
 
@@ -5016,6 +5020,15 @@ class _Cpu(threading.local):
 
 
 _CPU = _Cpu()
+
+
+_CREWS: set[_Crew] = set()  # at work, in all calls
+
+
+def _share() -> int:
+    """Return how many threads a crew may add, so that all may; below 0 it has more already."""
+    crews = _CREWS.copy()
+    return (_WORKERS_ALL - sum(crew.active for crew in crews)) // (len(crews) or 1)
 
 
 class _Crew:
@@ -5051,6 +5064,7 @@ class _Crew:
     def run(self, start: int, grow: Callable[[int], int]) -> None:
         """Work with ``start`` threads; now and then ``grow(active)`` says how many more."""
         try:
+            _CREWS.add(self)
             self._start(start)
             while True:
                 with self._changed:
@@ -5070,6 +5084,8 @@ class _Crew:
             self._errors.clear()  # whoever stays behind must not keep what the traceback holds
             _unmask(error)
             raise
+        finally:
+            _CREWS.discard(self)
 
     def _is_due(self) -> bool:
         return bool(self._errors) or not self.active
@@ -5205,7 +5221,6 @@ class _Download:
         patience.progress()
         if answered > asked:
             self.learn(stop - start, asked, answered)
-        _QUOTA.give()
         _CPU.note()
 
     def run(self, found: Callable[[], _Entry | None]) -> _Entry | None:
@@ -5232,7 +5247,7 @@ class _Download:
             free = self.file.free * _CHUNK // self.span() + 1
             # More connections help where each is slow; on a fast server they only cost.
             slow = rate < active * _WORKER_RATE
-            return min(self.limit - active, free) if slow else 0
+            return min(self.limit - active, free, _share()) if slow else 0
 
         runs = -(-self.file.free * _CHUNK // self.span()) + (self.first is not None)
         crew = _Crew(self.work, self.switch)
@@ -5511,6 +5526,8 @@ class _Fetch:
             vain = _Changed, _AskPlainly, NotFoundError, IntegrityError, CacheError
             if isinstance(error, vain) or 2 not in file.state:
                 _drop_partial(file.path)
+            if isinstance(error, CacheError) and error.errno == errno.ESTALE:
+                raise _Changed from None  # NFS: a faster peer on another host removed our file
             raise
         finally:
             for behind, _, _ in hashes:
@@ -5663,7 +5680,7 @@ class _Batch:
         self._grown, self._cpu = now, used
         more = 0 if busy > _BATCH_BUSY else active if busy > 0.4 * _BATCH_BUSY else 3 * active
         with self._lock:
-            count = max(0, min(more, self._limit - self._threads - self._ahead))
+            count = max(0, min(more, self._limit - self._threads - self._ahead, _share()))
             self._threads += count
             return count
 
@@ -5675,6 +5692,7 @@ class _Batch:
             while len(begun) < _AHEAD and time.monotonic() < until:
                 with self._lock:
                     full = self._threads + self._ahead >= self._limit
+                    full = full or len(_POOL.open) >= _WORKERS_ALL
                     item = None if full else next(self._items, None)
                     if item is None:
                         break
@@ -6091,7 +6109,8 @@ def get_local_path_for_resource(
         None: unsigned first; on 401 or 403 signed, if boto3 is there and finds credentials. True:
         unsigned only. False: signed only. What is fetched signed is kept private (mode 0600).
     max_concurrency : int
-        Connections for one large object, at most; a fast server is given fewer.
+        Connections for one large object, at most; a fast server is given fewer, and so are many
+        objects at a time.
     multipart_threshold_bytes : int
         Above it (bytes) an object comes in parallel ranges.
     max_age : float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sqlite3
@@ -119,6 +120,19 @@ def test_large_objects_come_in_a_batch_too(publish: Publish, get_all: Get) -> No
     contents = [os.urandom(9 << 20) for _ in range(3)]
     uris = [publish(content, f"{at}.bin") for at, content in enumerate(contents)]
     assert [r.path.read_bytes() for r in get_all(uris)] == contents
+
+
+def test_many_trees_open_no_more_files_than_a_mac_allows(server: Server, get_all: Get) -> None:
+    """256: each tree took 32 connections, and so a batch of them failed."""
+    server.latency, most = 0.1, [0]
+    for tree, file in itertools.product(range(16), range(40)):
+        server.put(BUCKET, f"{tree}/{file}", b"%d %d" % (tree, file))
+
+    def count(_: int) -> None:
+        most[0] = max(most[0], len(server._sockets))
+
+    get_all([f"s3://{BUCKET}/{tree}/" for tree in range(16)], progress=count)
+    assert 32 <= most[0] <= 130
 
 
 # ==== What goes in ============================================================================

@@ -94,6 +94,15 @@ def test_a_body_that_ends_early_is_resumed(
     assert any(came - s3c._CHUNK <= start <= came for start, _ in ranges(server))
 
 
+def test_a_line_that_is_cut_all_the_time_brings_an_object_of_any_size(
+    publish: Publish, unsigned: Get, cut: Any
+) -> None:
+    """What each connection brings is progress, and no storm of retries."""
+    data = random(12 * LARGE)
+    cut(40_000, CLOSE, times=float("inf"))
+    assert unsigned(publish(data)).path.read_bytes() == data
+
+
 @SIZES
 def test_a_body_that_always_ends_early_is_never_published(
     size: int, publish: Publish, fetch: Get, cut: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -855,6 +864,21 @@ def test_a_slow_server_is_asked_on_more_connections(
     uri = publish(random(2 * LARGE))
     unsigned(uri, max_concurrency=8)
     assert 5 <= server.connections <= 8
+
+
+def test_many_slow_downloads_open_no_more_files_than_a_mac_allows(
+    server: Server, publish: Publish, cache: Path
+) -> None:
+    """256: a batch took 16 connections for each object, and so failed."""
+    server.rate, most = 400_000, [0]
+    uris = [publish(random(2 * LARGE), key=str(n)) for n in range(32)]
+
+    def count(_: int) -> None:
+        most[0] = max(most[0], len(server._sockets))
+
+    options: dict[str, Any] = {"cache_dir": cache, "multipart_threshold_bytes": 256 << 10}
+    s3c.get_local_paths_for_resources(uris, progress=count, **options)
+    assert 64 <= most[0] <= 110
 
 
 def test_below_the_threshold_there_is_one_connection(

@@ -700,6 +700,20 @@ print(found.status, seconds, hashlib.sha256(found.path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
+def start(spawn: Spawn, cache: Path) -> Callable[..., Any]:
+    """`start(uri, env=)`: a process that asks for an object."""
+
+    def start(uri: str, env: dict[str, str] | None = None) -> Any:
+        child = spawn(CHILD, uri, cache, env=env)
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+        return child
+
+    return start
+
+
+@pytest.fixture
 def race(spawn: Spawn, cache: Path) -> Callable[..., list[list[str]]]:
     """`race(count, uri, env=)`: status, seconds and hash of so many processes that ask at once."""
 
@@ -720,7 +734,7 @@ def race(spawn: Spawn, cache: Path) -> Callable[..., list[list[str]]]:
 def _outcome(child: subprocess.Popen[str]) -> list[str]:
     out, err = child.communicate(timeout=100)
     assert child.returncode == 0, err
-    return out.split()
+    return out.split()[-3:]
 
 
 def leftovers(cache: Path) -> list[str]:
@@ -753,14 +767,11 @@ def test_64_processes_download_64_mib_once(
 
 
 def test_who_waits_for_a_killed_process_goes_on_from_there(
-    spawn: Spawn, server: Server, publish: Publish, get: Get, cache: Path
+    start: Any, server: Server, publish: Publish, get: Get, cache: Path
 ) -> None:
     size = 24 * MiB
     uri, server.rate = publish(blob(size)), 8 * MiB
-    child = spawn(CHILD, uri, cache)
-    assert child.stdin is not None
-    child.stdin.write("\n")
-    child.stdin.flush()
+    child = start(uri)
     while server.bytes_sent < size // 2:
         time.sleep(0.01)
     threading.Timer(0.3, child.kill).start()
@@ -794,6 +805,43 @@ LOCKS = {
     "always taken": "errno = EWOULDBLOCK; return -1;",
     "hangs": "for (;;) pause();",
 }
+
+
+NFS3 = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <sys/stat.h>
+#include <unistd.h>
+int flock(int fd, int how) { return 0; }
+static int is_stale(int fd) { /* what another host has removed is gone, open or not */
+    struct stat found;
+    errno = ESTALE;
+    return !fstat(fd, &found) && S_ISREG(found.st_mode) && !found.st_nlink;
+}
+#define NEXT(type, name, ...) ((type (*)(__VA_ARGS__))dlsym(RTLD_NEXT, #name))
+int fsync(int fd) { return is_stale(fd) ? -1 : NEXT(int, fsync, int)(fd); }
+ssize_t pwrite64(int fd, const void *data, size_t size, off_t at) {
+    if (is_stale(fd)) return -1;
+    return NEXT(ssize_t, pwrite64, int, const void *, size_t, off_t)(fd, data, size, at);
+}
+"""
+
+
+@posix
+def test_who_loses_its_file_to_a_faster_host_takes_what_that_published(
+    start: Any, preload: Any, server: Server, publish: Publish, get: Get, cache: Path
+) -> None:
+    """Where no lock excludes: broken variant, a CacheError (stale file handle)."""
+    uri, server.rate = publish(blob(24 * MiB)), 4 * MiB
+    child = start(uri, env=preload(NFS3))
+    while server.bytes_sent < 4 * MiB:
+        time.sleep(0.01)
+    server.rate = None
+    assert get(uri).status == "downloaded"
+    status, _, hash_ = _outcome(child)
+    assert (status, hash_) == ("revalidated", sha(blob(24 * MiB)))
+    assert leftovers(cache) == []
 
 
 @posix
