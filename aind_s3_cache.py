@@ -6662,18 +6662,12 @@ def _record(value: _Record) -> dict[str, Any]:
     return {name.strip("_"): getattr(value, name) for name in value.__slots__}
 
 
-def _to_nowhere(fd: int) -> None:
-    """Send what is still unwritten to nowhere: the interpreter must not fail with it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-
-
 def _say(text: str) -> None:
-    """Print a line on stderr; nothing where that is closed, for ``print`` would take stdout."""
+    """Print a line on stderr."""
     try:
-        if sys.stderr:
-            print(text, file=sys.stderr)
+        print(text, file=sys.stderr)
     except OSError:  # nobody reads it: stdout and the exit code say what there is to say
-        _to_nowhere(2)
+        pass
 
 
 def _is_known(error: Exception) -> bool:
@@ -6848,15 +6842,6 @@ def _parser() -> Any:
     return top
 
 
-def _leave_stdout(code: int) -> int:
-    try:
-        if sys.stdout:  # closed from the start, it is None
-            sys.stdout.flush()
-    except OSError:
-        _to_nowhere(1)
-    return code
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -6870,27 +6855,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0; 1 for a known error, said in one line on stderr; 2 for wrong usage; 130 for Ctrl-C.
     """
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure:  # paths may hold any bytes, documents any text
-            reconfigure(encoding="utf-8", errors="surrogateescape")
+    from io import StringIO
+
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:  # closed from the start: print and argparse would take the other one
+            stream = StringIO()
+            setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):  # paths may hold any bytes, documents any text
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         args = _parser().parse_args(argv)
         code: int = args.act(args)
-        if sys.stdout:
-            sys.stdout.flush()
-        return code
+        sys.stdout.flush()
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0 if end.code is None else 2
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read us has seen enough
-        return _leave_stdout(0)
+        code = 0
     except Exception as error:
         if not _is_known(error):
             raise
         _say(f"aind-s3-cache: {error}")
-        return _leave_stdout(1) if isinstance(error, OSError) else 1
+        code = 1
+    for fd, stream in enumerate((sys.stdout, sys.stderr), 1):
+        try:
+            stream.flush()
+        except OSError:  # what cannot be written must not fail the interpreter at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+    return code
 
 
 if __name__ == "__main__":

@@ -629,7 +629,17 @@ def test_an_error_with_stdout_closed_is_one_line(tmp_path: Path) -> None:
 
 
 @posix_only
-@pytest.mark.parametrize("verb", ["json /not-there", "verify"])
+@pytest.mark.parametrize("args", ["--help >", "--version >", "wrong 2>"])
+def test_a_full_stream_is_no_traceback_where_argparse_writes_either(args: str) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    command = f"'{sys.executable}' '{SUBJECT_FILE}' {args}/dev/full"
+    done = subprocess.run(["sh", "-c", command], capture_output=True)
+    assert (done.returncode < 3, done.stdout, done.stderr) == (True, b"", b"")
+
+
+@posix_only
+@pytest.mark.parametrize("verb", ["json /not-there", "verify", "wrong-usage"])
 def test_nothing_but_data_comes_on_stdout_where_stderr_is_closed(verb: str) -> None:
     command = f"'{sys.executable}' '{SUBJECT_FILE}' {verb} 2>&-"
     assert subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE).stdout == b""
