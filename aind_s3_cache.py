@@ -6670,6 +6670,12 @@ def _say(text: str) -> None:
         pass
 
 
+def _complain(error: Exception) -> None:
+    """Say an error on one line, in the words of this interface."""
+    text = f"aind-s3-cache: {error}".replace("anonymous=True", "--anonymous")
+    _say(text.replace("anonymous=False", "--signed"))
+
+
 def _is_known(error: Exception) -> bool:
     """Tell whether an error is one line to the user rather than a bug of ours."""
     foreign = any(cls.__module__.startswith("botocore") for cls in type(error).__mro__)
@@ -6702,7 +6708,7 @@ def _do_get(args: Any) -> int:
             if not _is_known(result):
                 raise result
             failed = 1
-            _say(f"aind-s3-cache: {result}")
+            _complain(result)
         else:
             print(_json_line(_record(result)) if args.json else os.fspath(result))
     return failed
@@ -6877,7 +6883,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_known(error):
             raise
-        _say(f"aind-s3-cache: {error}")
+        _complain(error)
         code = 1
     for fd, stream in enumerate((sys.stdout, sys.stderr), 1):
         try:

@@ -513,6 +513,14 @@ def test_a_known_error_is_one_line_and_one(
     assert said.err.startswith("aind-s3-cache: ")
 
 
+@pytest.mark.parametrize("verb", ["get", "json"])
+def test_a_hint_names_the_option_not_the_argument(
+    publish: Publish, run: Callable[..., Said], verb: str
+) -> None:
+    said = run(verb, "--anonymous", publish(b"x", private=True))
+    assert (said.code, "--anonymous" in said.err, "anonymous=" in said.err) == (1, True, False)
+
+
 def test_an_unusable_cache_is_one_line(
     publish: Publish, run: Callable[..., Said], tmp_path: Path
 ) -> None:
