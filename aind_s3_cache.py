@@ -6679,7 +6679,8 @@ def _complain(error: Exception) -> None:
 def _is_known(error: Exception) -> bool:
     """Tell whether an error is one line to the user rather than a bug of ours."""
     foreign = any(cls.__module__.startswith("botocore") for cls in type(error).__mro__)
-    return foreign or isinstance(error, (S3CacheError, ValueError, TypeError, OSError))
+    ours = S3CacheError, ValueError, TypeError, OSError, RecursionError  # of a document's depth
+    return foreign or isinstance(error, ours)
 
 
 def _do_get(args: Any) -> int:

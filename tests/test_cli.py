@@ -253,6 +253,14 @@ def test_json_explains_what_is_no_mapping(
     assert "Traceback" not in said.err
 
 
+def test_json_says_that_a_document_is_nested_too_deeply(
+    publish: Publish, run: Callable[..., Said]
+) -> None:
+    uri = publish('{"a":' * 975 + "1" + "}" * 975)  # Python 3.12 reads it, but cannot print it
+    said = run("json", uri)
+    assert (said.code, bool(said.out), len(said.err.splitlines())) in ((0, True, 0), (1, False, 1))
+
+
 def test_json_json_is_one_line(document: str, run: Callable[..., Said]) -> None:
     assert run("json", "--json", document).records == [DOCUMENT]
     assert json.loads(run("json", "--json", document, "subject.name").out) == "Ünï"
