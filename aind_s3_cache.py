@@ -6740,6 +6740,7 @@ def _manager(args: Any) -> CacheManager:
 def _do_ls(args: Any) -> int:
     if args.uri:
         bucket, prefix = parse_s3_uri(args.uri)
+        _check_key(prefix)
         access = _Access(args.anonymous)
         if _is_offline():
             raise OfflineError("Keys are not listed offline", uri=args.uri)

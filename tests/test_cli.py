@@ -308,6 +308,12 @@ def test_ls_lists_s3_only(run: Callable[..., Said], uri: str) -> None:
     assert (said.code, len(said.err.splitlines())) == (1, 1)
 
 
+def test_a_prefix_that_no_key_can_have_is_said_so(run: Callable[..., Said]) -> None:
+    said = run("ls", f"s3://{BUCKET}/a\udcff")
+    assert (said.code, said.out) == (1, "")
+    assert said.err == "aind-s3-cache: Not a valid S3 key: lone surrogate in 'a\\udcff'\n"
+
+
 def test_ls_offline_lists_the_cache_alone(
     server: Server, three: list[str], run: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
