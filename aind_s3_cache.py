@@ -171,6 +171,7 @@ _ERROR_LIMIT = 64 << 10  # bytes read of an error body; S3 sends about 300
 _LIST_LIMIT = 8 * _MiB  # bytes of one listing page: 1,000 keys of 1,024 escaped bytes fit
 _EMPTY_PAGES = 10_000  # of a listing in a row; S3 may look at 1,000 deleted keys for each
 _JSON_LIMIT = 256 * _MiB  # bytes of a JSON document, as sent and as decoded
+_CODINGS = 5  # of a document, one in the other, as in curl: 100 kB can take a second for each
 _REDIRECTS = 10  # as browsers, curl and requests allow about
 
 _IDLE_CONNECTIONS = 32  # kept over all origins: as many as a batch uses at most
@@ -4475,7 +4476,10 @@ def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:
 
     if not coding:  # nobody says how it was stored, as of a file: no JSON begins so
         coding = "gzip" if data[:1] == b"\x1f" else "deflate" if _is_zlib(data) else ""
-    for name in reversed(coding.lower().split(",")):
+    codings = coding.lower().split(",")
+    if len(codings) > _CODINGS:
+        raise InvalidJSONError(f"More than {_CODINGS} Content-Encodings", uri=source.uri)
+    for name in reversed(codings):
         coding = name.strip()
         if coding not in ("gzip", "x-gzip", "deflate"):  # "utf-8" is met, and changes nothing
             continue

@@ -313,6 +313,19 @@ def test_a_bomb_in_a_bomb_is_not_inflated_either(publish: Publish, low_ceiling: 
         s3c.get_json(publish(bomb, headers={"Content-Encoding": "gzip, gzip"}))
 
 
+@pytest.mark.parametrize("times", [5, 6])
+def test_no_more_than_five_encodings_are_undone(publish: Publish, times: int) -> None:
+    data = TEXT.encode()
+    for _ in range(times):
+        data = gzip.compress(data)
+    uri = publish(data, headers={"Content-Encoding": ",".join(["gzip"] * times)})
+    if times == 5:
+        assert s3c.get_json(uri) == DOCUMENT
+    else:
+        with pytest.raises(s3c.InvalidJSONError, match="More than 5 Content-Encodings"):
+            s3c.get_json(uri)
+
+
 def test_too_large_a_body_is_not_even_read(
     server: Server, publish: Publish, low_ceiling: int
 ) -> None:
