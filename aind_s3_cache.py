@@ -4356,6 +4356,11 @@ def _local_path(text: str) -> str:
     if scheme not in ("", "file"):
         raise ValueError(f"Unsupported URL or file path: '{_redact_bad(text)}'")
     path = _file_path(text) if scheme else os.path.expanduser(text)
+    if ".." in path:  # behind a symbolic link it leads elsewhere than `abspath` says
+        try:
+            return os.path.realpath(path)
+        except ValueError:  # NUL or a surrogate names no file
+            raise _no_local_path(text) from None
     return os.path.abspath(path) if path else ""
 
 

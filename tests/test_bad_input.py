@@ -250,7 +250,7 @@ def test_a_directory_is_no_json_document(untouched: Server, tmp_path: Path) -> N
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["a\0b", "a\ud800b"])
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800b", "../a\0b", "a\ud800b/../c"])
 def test_a_local_path_that_cannot_be_is_not_found(untouched: Server, path: str) -> None:
     for call in (localize, s3c.get_json):
         with pytest.raises(s3c.NotFoundError, match="Local path not found"):

@@ -118,6 +118,21 @@ def test_a_tilde_is_the_home_directory(home: Path) -> None:
     assert s3c.get_json("~/data.json") == DOCUMENT
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there a path loses its dots before any link is met")
+def test_dots_behind_a_symbolic_link_lead_where_open_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "far" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "below")
+    (tmp_path / "a.json").write_text('{"here": 1}', encoding="utf-8")
+    (tmp_path / "far" / "a.json").write_text(TEXT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for path in ("link/../a.json", (tmp_path / "link/../a.json").as_uri()):
+        assert s3c.get_json(path) == DOCUMENT
+        found = s3c.get_local_path_for_resource(path).path
+        assert found == (tmp_path / "far" / "a.json").resolve()
+
+
 def test_a_localized_resource_is_a_file_too(server: Server, publish: Publish, cache: Path) -> None:
     result = s3c.get_local_path_for_resource(publish(DOCUMENT), cache_dir=cache)
     server.reset()
