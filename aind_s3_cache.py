@@ -336,8 +336,7 @@ class S3CacheError(Exception):
         }
 
     def __str__(self) -> str:
-        told = not self.uri or self.uri in self.message
-        text = self.message if told else f"{self.message}: {self.uri}"
+        text = f"{self.message}: {self.uri}" if self.uri else self.message
         tags = list(dict.fromkeys(str(tag) for tag in (self.status, self.code) if tag))
         if self.attempts > 1:
             tags.append(f"after {self.attempts} attempts")
@@ -2516,13 +2515,12 @@ class _FileBody:
 
 def _no_local_path(text: str) -> NotFoundError:
     """Return the error for a path that is not there, or that is no path."""
-    shown = _redact_path(text)
-    hint = None
+    hint = None if text else "It is empty"
     if text.startswith(("s3:/", "http:/", "https:/")):  # `Path("s3://…")` drops a slash
         hint = "Pass URIs as str: a Path keeps only one slash of two"
     elif text.lstrip().startswith(("s3://", "http://", "https://")):
         hint = "It begins with white space: strip the line that it was read from"
-    return NotFoundError(f"Local path not found: '{shown}'", uri=shown, hint=hint)
+    return NotFoundError("Local path not found", uri=_redact_path(text), hint=hint)
 
 
 class _File(_Source):
@@ -2537,8 +2535,7 @@ class _File(_Source):
         if _is_of_handler(error):
             return error
         cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
-        message = f"Cannot read {self.uri}: {error.strerror}"
-        return cls(message, uri=self.uri, errno=error.errno)
+        return cls(f"Cannot be read ({error.strerror})", uri=self.uri, errno=error.errno)
 
     def read(self, fields: Fields, switch: _Stop | None, begun: _Exchange | None = None) -> _Answer:
         try:

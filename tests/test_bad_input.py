@@ -35,17 +35,17 @@ def untouched(
 
 # ==== URIs, keys, URLs ========================================================================
 
-LOST_SLASH = r"Local path not found: '…'\. Pass URIs as str: a Path keeps only one slash of two$"
+LOST_SLASH = r"Local path not found: …\. Pass URIs as str: a Path keeps only one slash of two$"
 NOT_S3 = "Not a valid S3 URI"
 BAD_URIS: list[tuple[Any, type[Exception], str]] = [
-    ("", FileNotFoundError, "Local path not found: ''"),
+    ("", FileNotFoundError, "Local path not found. It is empty"),
     ("no/such/file", s3c.NotFoundError, "Local path not found: .*no/such/file"),
-    (" https://host/key?sig", s3c.NotFoundError, "not found: ' https://host/key'. It begins with"),
-    ("https:host/key?sig", s3c.NotFoundError, "Local path not found: 'https:host/key'$"),
+    (" https://host/key?sig", s3c.NotFoundError, "not found:  https://host/key. It begins with"),
+    ("https:host/key?sig", s3c.NotFoundError, "Local path not found: https:host/key$"),
     ("s3:/user:se/cret@bucket/key", s3c.NotFoundError, LOST_SLASH),
-    ("a@b/c:/d?e", s3c.NotFoundError, r"Local path not found: .*a@b/c:/d\?e'$"),
-    (r"C:\no\file", s3c.NotFoundError, r"Local path not found: 'C:\\no\\file'$"),
-    ("\ufeffa\nb", s3c.NotFoundError, r"Local path not found: '\\ufeffa\\nb'$"),
+    ("a@b/c:/d?e", s3c.NotFoundError, r"Local path not found: .*a@b/c:/d\?e$"),
+    (r"C:\no\file", s3c.NotFoundError, r"Local path not found: C:\\no\\file$"),
+    ("\ufeffa\nb", s3c.NotFoundError, r"Local path not found: \\ufeffa\\nb$"),
     ("s3://", ValueError, NOT_S3),
     ("s3://bucket", ValueError, NOT_S3),
     ("s3://bucket/", ValueError, NOT_S3),
@@ -258,6 +258,17 @@ def test_a_local_path_that_cannot_be_is_not_found(untouched: Server, path: str) 
 
 
 # ==== Documents ===============================================================================
+
+
+@pytest.mark.parametrize("name", ["a", "line"])
+def test_an_error_names_a_document_that_is_called_like_a_word_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(b"nonsense")
+    with pytest.raises(s3c.InvalidJSONError, match=rf": {name}$"):
+        s3c.get_json(name)
+
 
 HAS_DIGIT_LIMIT = hasattr(sys, "set_int_max_str_digits")
 BAD_DOCUMENTS: list[tuple[str, bytes, type[Exception], str]] = [
