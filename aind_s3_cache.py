@@ -4353,12 +4353,12 @@ def _local_path(text: str) -> str:
     if scheme not in ("", "file"):
         raise ValueError(f"Unsupported URL or file path: '{_redact_bad(text)}'")
     path = _file_path(text) if scheme else os.path.expanduser(text)
-    if ".." in path:  # behind a symbolic link it leads elsewhere than `abspath` says
-        try:
-            return os.path.realpath(path)
-        except ValueError:  # NUL or a surrogate names no file
-            raise _no_local_path(text) from None
-    return os.path.abspath(path) if path else ""
+    # Behind a symbolic link ".." leads elsewhere than `abspath` says.
+    whole = os.path.realpath if ".." in path else os.path.abspath
+    try:
+        return whole(path) if path else ""
+    except (FileNotFoundError, ValueError):  # no working directory; NUL or a surrogate
+        raise _no_local_path(text) from None
 
 
 def _fallback_dir() -> str:

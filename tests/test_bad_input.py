@@ -257,6 +257,18 @@ def test_a_local_path_that_cannot_be_is_not_found(untouched: Server, path: str) 
             call(path)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there a directory in use stays")
+def test_a_relative_path_in_a_directory_that_is_gone_is_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for call in (s3c.get_local_path_for_resource, s3c.get_json):
+        with pytest.raises(s3c.NotFoundError, match=r"Local path not found: a\.json$"):
+            call("a.json")
+
+
 # ==== Documents ===============================================================================
 
 
