@@ -164,6 +164,7 @@ _ERROR_LIMIT = 64 << 10  # bytes read of an error body; S3 sends about 300
 _LIST_LIMIT = 8 * _MiB  # bytes of one listing page: 1,000 keys of 1,024 escaped bytes fit
 _EMPTY_PAGES = 10_000  # of a listing in a row; S3 may look at 1,000 deleted keys for each
 _JSON_LIMIT = 256 * _MiB  # bytes of a JSON document, as sent and as decoded
+_CODINGS = 5  # of a document, one in the other, as in curl: 100 kB can take a second for each
 _REDIRECTS = 10  # as browsers, curl and requests allow about
 
 _IDLE_CONNECTIONS = 32  # kept over all origins: as many as a batch uses at most
@@ -330,8 +331,7 @@ class S3CacheError(Exception):
         }
 
     def __str__(self) -> str:
-        told = not self.uri or self.uri in self.message
-        text = self.message if told else f"{self.message}: {self.uri}"
+        text = f"{self.message}: {self.uri}" if self.uri else self.message
         tags = list(dict.fromkeys(str(tag) for tag in (self.status, self.code) if tag))
         if self.attempts > 1:
             tags.append(f"after {self.attempts} attempts")
@@ -4270,24 +4270,28 @@ class _Keeper(_Store):
         self._settle()
 
 
+def _no_local_path(text: str) -> NotFoundError:
+    """Return the error for a path that is not there, or that is no path."""
+    hint = None if text else "It is empty"
+    if text.startswith(("s3:/", "http:/", "https:/")):  # `Path("s3://…")` drops a slash
+        hint = "Pass URIs as str: a Path keeps only one slash of two"
+    elif text.lstrip().startswith(("s3://", "http://", "https://")):
+        hint = "It begins with white space: strip the line that it was read from"
+    return NotFoundError("Local path not found", uri=_redact_path(text), hint=hint)
+
+
 def _local_path(text: str) -> str:
     """Return the absolute path that a path or ``file:`` URI means, ``~`` expanded."""
     scheme = _scheme(text)
     if scheme not in ("", "file"):
         raise ValueError(f"Unsupported URL or file path: '{_redact_bad(text)}'")
     path = _file_path(text) if scheme else os.path.expanduser(text)
-    return os.path.abspath(path) if path else ""
-
-
-def _no_local_path(text: str) -> NotFoundError:
-    """Return the error for a path that is not there, or that is no path."""
-    shown = _redact_path(text)
-    hint = None
-    if text.startswith(("s3:/", "http:/", "https:/")):  # `Path("s3://…")` drops a slash
-        hint = "Pass URIs as str: a Path keeps only one slash of two"
-    elif text.lstrip().startswith(("s3://", "http://", "https://")):
-        hint = "It begins with white space: strip the line that it was read from"
-    return NotFoundError(f"Local path not found: '{shown}'", uri=shown, hint=hint)
+    # Behind a symbolic link ".." leads elsewhere than `abspath` says.
+    whole = os.path.realpath if ".." in path else os.path.abspath
+    try:
+        return whole(path) if path else ""
+    except (FileNotFoundError, ValueError):  # no working directory; NUL or a surrogate
+        raise _no_local_path(text) from None
 
 
 def _fallback_dir() -> str:
@@ -4407,7 +4411,10 @@ def _inflate(data: bytearray, uri: str, coding: str) -> bytearray:
 
     if not coding:  # nobody says how it was stored, as of a file: no JSON begins so
         coding = "gzip" if data[:1] == b"\x1f" else "deflate" if _is_zlib(data) else ""
-    for name in reversed(coding.lower().split(",")):
+    codings = coding.lower().split(",")
+    if len(codings) > _CODINGS:
+        raise InvalidJSONError(f"More than {_CODINGS} Content-Encodings", uri=source.uri)
+    for name in reversed(codings):
         coding = name.strip()
         if coding not in ("gzip", "x-gzip", "deflate"):  # "utf-8" is met, and changes nothing
             continue
@@ -4482,8 +4489,7 @@ def _read_file(path: str, text: str, uri: str) -> dict[str, Any]:
         if isinstance(error, S3CacheError) or _is_of_handler(error):
             raise
         cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
-        message = f"Cannot read {uri}: {error.strerror}"
-        raise cls(message, uri=uri, errno=error.errno) from None
+        raise cls(f"Cannot be read ({error.strerror})", uri=uri, errno=error.errno) from None
     if len(data) > _JSON_LIMIT:
         raise _too_large(uri)
     return _parse_json(_inflate(data, uri, ""), uri, "")
@@ -6757,7 +6763,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from io import StringIO
 
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
+        stream: Any = getattr(sys, name)
         if stream is None:  # closed from the start: print and argparse would take the other one
             stream = StringIO()
             setattr(sys, name, stream)

@@ -35,17 +35,17 @@ def untouched(
 
 # ==== URIs, keys, URLs ========================================================================
 
-LOST_SLASH = r"Local path not found: '…'\. Pass URIs as str: a Path keeps only one slash of two$"
+LOST_SLASH = r"Local path not found: …\. Pass URIs as str: a Path keeps only one slash of two$"
 NOT_S3 = "Not a valid S3 URI"
 BAD_URIS: list[tuple[Any, type[Exception], str]] = [
-    ("", FileNotFoundError, "Local path not found: ''"),
+    ("", FileNotFoundError, "Local path not found. It is empty"),
     ("no/such/file", s3c.NotFoundError, "Local path not found: .*no/such/file"),
-    (" https://host/key?sig", s3c.NotFoundError, "not found: ' https://host/key'. It begins with"),
-    ("https:host/key?sig", s3c.NotFoundError, "Local path not found: 'https:host/key'$"),
+    (" https://host/key?sig", s3c.NotFoundError, "not found:  https://host/key. It begins with"),
+    ("https:host/key?sig", s3c.NotFoundError, "Local path not found: https:host/key$"),
     ("s3:/user:se/cret@bucket/key", s3c.NotFoundError, LOST_SLASH),
-    ("a@b/c:/d?e", s3c.NotFoundError, r"Local path not found: .*a@b/c:/d\?e'$"),
-    (r"C:\no\file", s3c.NotFoundError, r"Local path not found: 'C:\\no\\file'$"),
-    ("\ufeffa\nb", s3c.NotFoundError, r"Local path not found: '\\ufeffa\\nb'$"),
+    ("a@b/c:/d?e", s3c.NotFoundError, r"Local path not found: .*a@b/c:/d\?e$"),
+    (r"C:\no\file", s3c.NotFoundError, r"Local path not found: C:\\no\\file$"),
+    ("\ufeffa\nb", s3c.NotFoundError, r"Local path not found: \\ufeffa\\nb$"),
     ("s3://", ValueError, NOT_S3),
     ("s3://bucket", ValueError, NOT_S3),
     ("s3://bucket/", ValueError, NOT_S3),
@@ -250,14 +250,37 @@ def test_a_directory_is_no_json_document(untouched: Server, tmp_path: Path) -> N
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["a\0b", "a\ud800b"])
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800b", "../a\0b", "a\ud800b/../c"])
 def test_a_local_path_that_cannot_be_is_not_found(untouched: Server, path: str) -> None:
     for call in (localize, s3c.get_json):
         with pytest.raises(s3c.NotFoundError, match="Local path not found"):
             call(path)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there a directory in use stays")
+def test_a_relative_path_in_a_directory_that_is_gone_is_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for call in (s3c.get_local_path_for_resource, s3c.get_json):
+        with pytest.raises(s3c.NotFoundError, match=r"Local path not found: a\.json$"):
+            call("a.json")
+
+
 # ==== Documents ===============================================================================
+
+
+@pytest.mark.parametrize("name", ["a", "line"])
+def test_an_error_names_a_document_that_is_called_like_a_word_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(b"nonsense")
+    with pytest.raises(s3c.InvalidJSONError, match=rf": {name}$"):
+        s3c.get_json(name)
+
 
 HAS_DIGIT_LIMIT = hasattr(sys, "set_int_max_str_digits")
 BAD_DOCUMENTS: list[tuple[str, bytes, type[Exception], str]] = [

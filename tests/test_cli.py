@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, SUBJECT_FILE, Publish, Run
+from conftest import BUCKET, SUBJECT_FILE, Publish, Run, Spawn
 from server import Server
 from subject import s3c
 
@@ -729,13 +729,14 @@ def test_ctrl_c_ends_a_read_that_stalls(server: Server, publish: Publish, verb: 
 
 
 @posix_only
-def test_a_list_that_is_still_being_typed_can_be_interrupted(cli: Run) -> None:
-    command = [sys.executable, str(SUBJECT_FILE), "get", "-"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as child:
-        time.sleep(0.5)
-        child.send_signal(signal.SIGINT)
-        assert child.stderr is not None
-        errors = child.stderr.read()
-    assert (child.wait(5), errors) == (130, b"")
+def test_a_list_that_is_still_being_typed_can_be_interrupted(spawn: Spawn) -> None:
+    child = spawn("""
+import SUBJECT as s3c, argparse
+print("ready", flush=True)
+sys.exit(s3c.main(["get", "-"]))
+""")
+    assert child.stdout is not None
+    child.stdout.readline()
+    time.sleep(0.5)
+    child.send_signal(signal.SIGINT)
+    assert (child.wait(5), child.communicate()) == (130, ("", ""))

@@ -116,6 +116,21 @@ def test_a_tilde_is_the_home_directory(home: Path) -> None:
     assert s3c.get_json("~/data.json") == DOCUMENT
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there a path loses its dots before any link is met")
+def test_dots_behind_a_symbolic_link_lead_where_open_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "far" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "below")
+    (tmp_path / "a.json").write_text('{"here": 1}', encoding="utf-8")
+    (tmp_path / "far" / "a.json").write_text(TEXT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for path in ("link/../a.json", (tmp_path / "link/../a.json").as_uri()):
+        assert s3c.get_json(path) == DOCUMENT
+        found = s3c.get_local_path_for_resource(path).path
+        assert found == (tmp_path / "far" / "a.json").resolve()
+
+
 def test_a_localized_resource_is_a_file_too(server: Server, publish: Publish, cache: Path) -> None:
     result = s3c.get_local_path_for_resource(publish(DOCUMENT), cache_dir=cache)
     server.reset()
@@ -309,6 +324,19 @@ def test_a_bomb_in_a_bomb_is_not_inflated_either(publish: Publish, low_ceiling: 
     bomb = gzip.compress(gzip.compress(b" " * 50_000_000))
     with pytest.raises(s3c.InvalidJSONError, match=r"more than 100\.0 kB"):
         s3c.get_json(publish(bomb, headers={"Content-Encoding": "gzip, gzip"}))
+
+
+@pytest.mark.parametrize("times", [5, 6])
+def test_no_more_than_five_encodings_are_undone(publish: Publish, times: int) -> None:
+    data = TEXT.encode()
+    for _ in range(times):
+        data = gzip.compress(data)
+    uri = publish(data, headers={"Content-Encoding": ",".join(["gzip"] * times)})
+    if times == 5:
+        assert s3c.get_json(uri) == DOCUMENT
+    else:
+        with pytest.raises(s3c.InvalidJSONError, match="More than 5 Content-Encodings"):
+            s3c.get_json(uri)
 
 
 def test_too_large_a_body_is_not_even_read(
