@@ -4413,7 +4413,7 @@ def _inflate(data: bytearray, uri: str, coding: str) -> bytearray:
         coding = "gzip" if data[:1] == b"\x1f" else "deflate" if _is_zlib(data) else ""
     codings = coding.lower().split(",")
     if len(codings) > _CODINGS:
-        raise InvalidJSONError(f"More than {_CODINGS} Content-Encodings", uri=source.uri)
+        raise InvalidJSONError(f"More than {_CODINGS} Content-Encodings", uri=uri)
     for name in reversed(codings):
         coding = name.strip()
         if coding not in ("gzip", "x-gzip", "deflate"):  # "utf-8" is met, and changes nothing
