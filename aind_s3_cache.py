@@ -5074,10 +5074,11 @@ def _read_at(fd: int, start: int, size: int) -> bytes:
 
 
 class _Behind:
-    """Hashes a growing partial file in order, beside its download."""
+    """Hashes a growing partial file in order, beside its download, for one promise of it."""
 
-    def __init__(self, file: _Partial, name: str) -> None:
-        self._file, self._hash, self._stop = file, _hasher(name), False
+    def __init__(self, file: _Partial, name: str, promised: bytes) -> None:
+        self._file, self._name, self._promised = file, name, promised
+        self._hash, self._stop = _hasher(name), False
         self._next = 0  # chunk
         self._thread: threading.Thread | None = None
 
@@ -5105,13 +5106,14 @@ class _Behind:
             self._hash.update(_read_at(self._file.fd, start, stop - start))
             self._next += 1
 
-    def digest(self) -> bytes:
-        """Return the digest of the whole file, which is complete by now."""
+    def check(self, source: _Source) -> None:
+        """Compare the whole file, which is complete by now, with what was promised of it."""
         if self._thread:
             self._thread.join()
         with _Disk(self._file.path):
             self._follow()  # what a thread has left to us, if there is one
-        return bytes(self._hash.digest())
+        if self._hash.digest() != self._promised:
+            raise _mismatch(source, self._name)
 
     def close(self) -> None:
         """End the thread, if its digest is no longer wanted."""
@@ -5145,11 +5147,6 @@ class _Download:
     def span(self) -> int:
         """Return how much the next range should ask for: less towards the end, which all reach."""
         return min(_SPAN, max(self.least, self.file.free * _CHUNK // (2 * self.limit)))
-
-    def learn(self, size: int, asked: float, answered: float) -> None:
-        """Let a range take twice as long as a round trip: ``size`` bytes took until now to come."""
-        took = max(time.monotonic() - answered, 1e-6)
-        self.least = min(_SPAN_FAR, max(_CHUNK, int(2 * (answered - asked) * size / took)))
 
     def count(self, size: int) -> None:
         self.received += size
@@ -5185,8 +5182,9 @@ class _Download:
             answered = time.monotonic()
         _pull(self.source, answer, sink, stop, patience)
         patience.progress()
-        if answered > asked:
-            self.learn(stop - start, asked, answered)
+        if answered > asked:  # let a range take twice as long as a round trip
+            pace = (stop - start) / max(time.monotonic() - answered, 1e-6)
+            self.least = min(_SPAN_FAR, max(_CHUNK, int(2 * (answered - asked) * pace)))
         _QUOTA.give()
         _CPU.note()
 
@@ -5466,7 +5464,7 @@ class _Fetch:
         source, total, validator = self.source, answer.total or 0, _validator(answer)
         version = _digest(validator, str(total), str(_CHUNK), _owner(source.private))[:16]
         file = _Partial(self.store, self.ident, version, total, source.private, alone)
-        hashes: list[tuple[_Behind, bytes, str]] = []
+        hashes: list[_Behind] = []
         try:
             if first:
                 file.claim(0, -(-(answer.stop or 0) // _CHUNK))
@@ -5474,18 +5472,16 @@ class _Fetch:
             self.tally.expect(-copied)
             _log(_DEBUG, "downloading %s: %d bytes, %d found", source.uri, total, copied)
             for name, promised in _digests(source, answer):
-                behind = _Behind(file, name)
-                hashes.append((behind, promised, name))
-                behind.start()  # known by now: a Ctrl-C amid this ends it below
+                hashes.append(_Behind(file, name, promised))
+                hashes[-1].start()  # known by now: a Ctrl-C amid this ends it below
             entry = _Download(source, answer, file, self.opt, first, self.tally).run(found)
             if entry:
                 if not self.store.confirm(entry.path):
                     raise _Changed  # gone again, and our own file is unfinished
                 _drop_partial(file.path)
                 return entry.path, True
-            for behind, promised, name in hashes:
-                if behind.digest() != promised:
-                    raise _mismatch(source, name)
+            for behind in hashes:
+                behind.check(source)
             name = self.store.name(self.ident, self.source, validator, total, _checksum(file.crcs))
             return file.publish(self.store.shard(self.ident), name), False
         except BaseException as error:
@@ -5495,7 +5491,7 @@ class _Fetch:
                 _drop_partial(file.path)
             raise
         finally:
-            for behind, _, _ in hashes:
+            for behind in hashes:
                 behind.close()
             file.close()
 
