@@ -4107,17 +4107,14 @@ class _Keeper(_Store):
         for group in found.values():
             newest = max(validated for validated, _ in group)
             for validated, entry in group:
-                units.append(self._unit(entry, validated, validated < newest))
+                used = max(validated, _newest(_sidecar(entry.path, "u")))
+                superseded = validated < newest or entry.held != entry.size  # nobody is served it
+                record = CacheEntry(
+                    entry.path, entry.tail, "object", entry.held, used, validated, entry.etag,
+                    entry.private, superseded,
+                )  # fmt: skip
+                units.append(_Unit(record, _inodes([entry.path])))
         return units
-
-    def _unit(self, entry: _Entry, validated: float, superseded: bool) -> _Unit:
-        used = max(validated, _newest(_sidecar(entry.path, "u")))
-        superseded = superseded or entry.held != entry.size  # nobody will be served it
-        record = CacheEntry(
-            entry.path, entry.tail, "object", entry.held, used, validated, entry.etag,
-            entry.private, superseded,
-        )  # fmt: skip
-        return _Unit(record, _inodes([entry.path]))
 
     def _tree(self, path: str) -> _Unit:
         files = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
@@ -4849,11 +4846,10 @@ class _Options:
         if version_id == "" or (version_id and not version_id.isprintable()):
             raise ValueError(f"version_id cannot be {version_id!r}")
         self.store = _Store(_cache_dir(cache_dir))
-        self.offline = _is_offline(offline)
-        self.access = _Access(anonymous, s3_client, self.offline)
+        self.access = _Access(anonymous, s3_client, _is_offline(offline))
         self.max_concurrency, self.threshold = max_concurrency, multipart_threshold_bytes
         self.max_age, self.stale_if_error = max_age, stale_if_error
-        self.unasked = self.offline or max_age > 0  # what the store holds may do
+        self.unasked = self.access.offline or max_age > 0  # what the store holds may do
         self.version = version_id
         # How many bytes the first range asks for, in whole chunks.
         self.asked = max(_WHOLE, int(min(multipart_threshold_bytes, _SMALL)) // _CHUNK * _CHUNK)
@@ -5271,7 +5267,7 @@ class _Fetch:
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
         self.every = source.private or opt.access.anonymous is not True
-        self.entries = self.held = opt.store.find(ident, self.every, anew=opt.offline)
+        self.entries = self.held = opt.store.find(ident, self.every, anew=opt.access.offline)
         if self.entries and not source.private:
             self.held = [entry for entry in self.entries if not entry.private]
         self.tally = _SILENT if opt.meter is _SILENT else _Tally(opt.meter)
@@ -5511,7 +5507,7 @@ def _unasked(
     in, all as well.
     """
     for entry in held:
-        if not error and not opt.offline:
+        if not error and not opt.access.offline:
             age = time.time() - opt.store.validated(entry)
             if not 0 <= age <= opt.max_age:
                 return None
@@ -5775,7 +5771,7 @@ class _Tree:
         starts = (f"{self.id}_o", f"{self.id}_p") if private else (f"{self.id}_o",)
         errors: list[OSError] = []
         paths = _list(self.store.trees, errors)
-        if errors and self.opt.offline:  # else the server knows
+        if errors and self.opt.access.offline:  # else the server knows
             raise _disk_error(errors[0], self.store.trees)
         held = [p for p in paths if os.path.basename(p).startswith(starts)]
         # Another user's is not to be read.
@@ -5787,7 +5783,7 @@ class _Tree:
         found = _unasked(self.source, self.opt, held) if self.opt.unasked else None
         if found:
             return found
-        if self.opt.offline:
+        if self.opt.access.offline:
             raise OfflineError("Not in the cache, and offline", uri=self.source.uri)
         try:
             for _ in range(_CHANGES):
@@ -5946,7 +5942,7 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
         found = _unasked(source, opt, fetch.entries or _held_trees(source, opt))
         if found:
             return found
-        if opt.offline:
+        if opt.access.offline:
             raise store.missing(fetch.ident, source.uri)
     # 3. Ask; threads that miss together ask one after the other.
     try:
