@@ -5235,7 +5235,7 @@ def _is_same(entry: _Entry, answer: _Answer) -> bool:
     return answer.total == entry.size or (answer.total is None and validator[0] != "m")
 
 
-_ASKED: set[tuple[str, str]] = set()  # (root, object) that a request was sent ahead for
+_ASKED: dict[tuple[str, str], _Fetch] = {}  # (root, object) -> who sent a request for it ahead
 
 
 def _result(
@@ -5299,7 +5299,7 @@ class _Fetch:
         if exchange is None:
             return False
         try:
-            _ASKED.add(self.key)
+            _ASKED[self.key] = self
             exchange.send_ahead()
         except BaseException:
             self.close()
@@ -5310,8 +5310,9 @@ class _Fetch:
         """Leave what was asked for and not read."""
         begun, self.begun = self.begun, None
         if begun:
-            _ASKED.discard(self.key)
             begun.close()
+        if _ASKED.get(self.key) is self:
+            del _ASKED[self.key]
 
     def run(self) -> LocalizedResource:
         """Ask, with what we hold as the condition, until the answer is one to keep."""
@@ -5345,7 +5346,6 @@ class _Fetch:
         fields: Fields = {}
         if self.begun and newest is self.newest and not self.plain:  # else it was asked otherwise
             begun, self.begun = self.begun, None
-            _ASKED.discard(self.key)
         elif not self.plain:
             fields = self._first(newest)
         answer = self.source.read(fields, self.opt.switch, begun)
