@@ -4133,17 +4133,14 @@ class _Keeper(_Store):
         for group in found.values():
             newest = max(validated for validated, _ in group)
             for validated, entry in group:
-                units.append(self._unit(entry, validated, validated < newest))
+                used = max(validated, _newest(_sidecar(entry.path, "u")))
+                superseded = validated < newest or entry.held != entry.size  # nobody is served it
+                record = CacheEntry(
+                    entry.path, entry.tail, "object", entry.held, used, validated, entry.etag,
+                    entry.private, superseded,
+                )  # fmt: skip
+                units.append(_Unit(record, _inodes([entry.path])))
         return units
-
-    def _unit(self, entry: _Entry, validated: float, superseded: bool) -> _Unit:
-        used = max(validated, _newest(_sidecar(entry.path, "u")))
-        superseded = superseded or entry.held != entry.size  # nobody will be served it
-        record = CacheEntry(
-            entry.path, entry.tail, "object", entry.held, used, validated, entry.etag,
-            entry.private, superseded,
-        )  # fmt: skip
-        return _Unit(record, _inodes([entry.path]))
 
     def _tree(self, path: str) -> _Unit:
         files = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
@@ -4876,11 +4873,10 @@ class _Options:
         if version_id == "" or (version_id and not version_id.isprintable()):
             raise ValueError(f"version_id cannot be {version_id!r}")
         self.store = _Store(_cache_dir(cache_dir))
-        self.offline = _is_offline(offline)
-        self.access = _Access(anonymous, s3_client, self.offline)
+        self.access = _Access(anonymous, s3_client, _is_offline(offline))
         self.max_concurrency, self.threshold = max_concurrency, multipart_threshold_bytes
         self.max_age, self.stale_if_error = max_age, stale_if_error
-        self.unasked = self.offline or max_age > 0  # what the store holds may do
+        self.unasked = self.access.offline or max_age > 0  # what the store holds may do
         self.version = version_id
         # How many bytes the first range asks for, in whole chunks.
         self.asked = max(_WHOLE, int(min(multipart_threshold_bytes, _SMALL)) // _CHUNK * _CHUNK)
@@ -5114,10 +5110,11 @@ def _read_at(fd: int, start: int, size: int) -> bytes:
 
 
 class _Behind:
-    """Hashes a growing partial file in order, beside its download."""
+    """Hashes a growing partial file in order, beside its download, for one promise of it."""
 
-    def __init__(self, file: _Partial, name: str) -> None:
-        self._file, self._hash, self._stop = file, _hasher(name), False
+    def __init__(self, file: _Partial, name: str, promised: bytes) -> None:
+        self._file, self._name, self._promised = file, name, promised
+        self._hash, self._stop = _hasher(name), False
         self._next = 0  # chunk
         self._thread: threading.Thread | None = None
 
@@ -5145,13 +5142,14 @@ class _Behind:
             self._hash.update(_read_at(self._file.fd, start, stop - start))
             self._next += 1
 
-    def digest(self) -> bytes:
-        """Return the digest of the whole file, which is complete by now."""
+    def check(self, source: _Source) -> None:
+        """Compare the whole file, which is complete by now, with what was promised of it."""
         if self._thread:
             self._thread.join()
         with _Disk(self._file.path):
             self._follow()  # what a thread has left to us, if there is one
-        return bytes(self._hash.digest())
+        if self._hash.digest() != self._promised:
+            raise _mismatch(source, self._name)
 
     def close(self) -> None:
         """End the thread, if its digest is no longer wanted."""
@@ -5185,11 +5183,6 @@ class _Download:
     def span(self) -> int:
         """Return how much the next range should ask for: less towards the end, which all reach."""
         return min(_SPAN, max(self.least, self.file.free * _CHUNK // (2 * self.limit)))
-
-    def learn(self, size: int, asked: float, answered: float) -> None:
-        """Let a range take twice as long as a round trip: ``size`` bytes took until now to come."""
-        took = max(time.monotonic() - answered, 1e-6)
-        self.least = min(_SPAN_FAR, max(_CHUNK, int(2 * (answered - asked) * size / took)))
 
     def count(self, size: int) -> None:
         self.received += size
@@ -5225,8 +5218,9 @@ class _Download:
             answered = time.monotonic()
         _pull(self.source, answer, sink, stop, patience)
         patience.progress()
-        if answered > asked:
-            self.learn(stop - start, asked, answered)
+        if answered > asked:  # let a range take twice as long as a round trip
+            pace = (stop - start) / max(time.monotonic() - answered, 1e-6)
+            self.least = min(_SPAN_FAR, max(_CHUNK, int(2 * (answered - asked) * pace)))
         _CPU.note()
 
     def run(self, found: Callable[[], _Entry | None]) -> _Entry | None:
@@ -5280,7 +5274,7 @@ def _is_same(entry: _Entry, answer: _Answer) -> bool:
     return answer.total == entry.size or (answer.total is None and validator[0] != "m")
 
 
-_ASKED: set[tuple[str, str]] = set()  # (root, object) that a request was sent ahead for
+_ASKED: dict[tuple[str, str], _Fetch] = {}  # (root, object) -> who sent a request for it ahead
 
 
 def _result(
@@ -5312,7 +5306,7 @@ class _Fetch:
         # Private entries are for whoever asks with credentials, or for callers who do not insist on
         # going without; as a condition they serve the former only.
         self.every = source.private or opt.access.anonymous is not True
-        self.entries = self.held = opt.store.find(ident, self.every, anew=opt.offline)
+        self.entries = self.held = opt.store.find(ident, self.every, anew=opt.access.offline)
         if self.entries and not source.private:
             self.held = [entry for entry in self.entries if not entry.private]
         self.tally = _SILENT if opt.meter is _SILENT else _Tally(opt.meter)
@@ -5344,7 +5338,7 @@ class _Fetch:
         if exchange is None:
             return False
         try:
-            _ASKED.add(self.key)
+            _ASKED[self.key] = self
             exchange.send_ahead()
         except BaseException:
             self.close()
@@ -5355,8 +5349,9 @@ class _Fetch:
         """Leave what was asked for and not read."""
         begun, self.begun = self.begun, None
         if begun:
-            _ASKED.discard(self.key)
             begun.close()
+        if _ASKED.get(self.key) is self:
+            del _ASKED[self.key]
 
     def run(self) -> LocalizedResource:
         """Ask, with what we hold as the condition, until the answer is one to keep."""
@@ -5390,7 +5385,6 @@ class _Fetch:
         fields: Fields = {}
         if self.begun and newest is self.newest and not self.plain:  # else it was asked otherwise
             begun, self.begun = self.begun, None
-            _ASKED.discard(self.key)
         elif not self.plain:
             fields = self._first(newest)
         answer = self.source.read(fields, self.opt.switch, begun)
@@ -5505,7 +5499,7 @@ class _Fetch:
         source, total, validator = self.source, answer.total or 0, _validator(answer)
         version = _digest(validator, str(total), str(_CHUNK), _owner(source.private))[:16]
         file = _Partial(self.store, self.ident, version, total, source.private, alone)
-        hashes: list[tuple[_Behind, bytes, str]] = []
+        hashes: list[_Behind] = []
         try:
             if first:
                 file.claim(0, -(-(answer.stop or 0) // _CHUNK))
@@ -5513,18 +5507,16 @@ class _Fetch:
             self.tally.expect(-copied)
             _log(_DEBUG, "downloading %s: %d bytes, %d found", source.uri, total, copied)
             for name, promised in _digests(source, answer):
-                behind = _Behind(file, name)
-                hashes.append((behind, promised, name))
-                behind.start()  # known by now: a Ctrl-C amid this ends it below
+                hashes.append(_Behind(file, name, promised))
+                hashes[-1].start()  # known by now: a Ctrl-C amid this ends it below
             entry = _Download(source, answer, file, self.opt, first, self.tally).run(found)
             if entry:
                 if not self.store.confirm(entry.path):
                     raise _Changed  # gone again, and our own file is unfinished
                 _drop_partial(file.path)
                 return entry.path, True
-            for behind, promised, name in hashes:
-                if behind.digest() != promised:
-                    raise _mismatch(source, name)
+            for behind in hashes:
+                behind.check(source)
             name = self.store.name(self.ident, self.source, validator, total, _checksum(file.crcs))
             return file.publish(self.store.shard(self.ident), name), False
         except BaseException as error:
@@ -5536,7 +5528,7 @@ class _Fetch:
                 raise _Changed from None  # NFS: a faster peer on another host removed our file
             raise
         finally:
-            for behind, _, _ in hashes:
+            for behind in hashes:
                 behind.close()
             file.close()
 
@@ -5556,7 +5548,7 @@ def _unasked(
     in, all as well.
     """
     for entry in held:
-        if not error and not opt.offline:
+        if not error and not opt.access.offline:
             age = time.time() - opt.store.validated(entry)
             if not 0 <= age <= opt.max_age:
                 return None
@@ -5823,7 +5815,7 @@ class _Tree:
         starts = (f"{self.id}_o", f"{self.id}_p") if private else (f"{self.id}_o",)
         errors: list[OSError] = []
         paths = _list(self.store.trees, errors)
-        if errors and self.opt.offline:  # else the server knows
+        if errors and self.opt.access.offline:  # else the server knows
             raise _disk_error(errors[0], self.store.trees)
         held = [p for p in paths if os.path.basename(p).startswith(starts)]
         # Another user's is not to be read.
@@ -5835,7 +5827,7 @@ class _Tree:
         found = _unasked(self.source, self.opt, held) if self.opt.unasked else None
         if found:
             return found
-        if self.opt.offline:
+        if self.opt.access.offline:
             raise OfflineError("Not in the cache, and offline", uri=self.source.uri)
         try:
             for _ in range(_CHANGES):
@@ -5994,7 +5986,7 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
         found = _unasked(source, opt, fetch.entries or _held_trees(source, opt))
         if found:
             return found
-        if opt.offline:
+        if opt.access.offline:
             raise store.missing(fetch.ident, source.uri)
     # 3. Ask; threads that miss together ask one after the other.
     try:

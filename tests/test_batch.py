@@ -622,7 +622,7 @@ def test_a_batch_that_is_stopped_as_it_connects_leaves_nothing_asked_for(
 ) -> None:
     uris = many(8)
     done = run_python(STOPPED, way, cache, *uris[:4], deaf, *uris[4:])
-    assert done.stdout == "the caller's True\nset() set()\n"
+    assert done.stdout == "the caller's True\n{} set()\n"
 
 
 def test_an_answer_that_nobody_wanted_is_no_answer_to_the_next_request(
