@@ -2717,6 +2717,8 @@ class _Access:
             yield _Signed(client, bucket, key, version, own=True)
 
     def _why_unsigned(self) -> str:
+        if self.client is not None:
+            return "It was asked for without a signature, as s3_client is set up"
         if self.anonymous:
             return "It was asked for without a signature, as anonymous=True says"
         if "boto3" in sys.modules:

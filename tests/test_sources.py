@@ -802,6 +802,8 @@ def test_a_client_decides_by_itself_whether_it_signs(
     assert signed(server) == [False, True]
     assert stat.S_IMODE(public.path.stat().st_mode) == 0o444
     assert stat.S_IMODE(private.path.stat().st_mode) == 0o600
+    error = failing(get, publish({}, "third", private=True), s3_client=open_client)
+    assert error.hint.endswith("without a signature, as s3_client is set up")
     open_client.close()
 
 
