@@ -2394,12 +2394,18 @@ class _Signed(_S3):
             code = "" if code.isdigit() else code  # botocore's stand-in for an empty body
             made = self._error(status, headers, b"", code or None)
             operation = str(getattr(error, "operation_name", "GetObject"))
-            if operation in ("GetObject", "ListObjectsV2") or isinstance(made, TransferError):
+            if operation in ("GetObject", "ListObjectsV2"):
                 return made
             # STS or SSO says so, and nothing of the object.
-            text = f"boto3 got no credentials: {operation} was refused"
-            hint = made.hint if code in _EXPIRED_CODES else None
-            return AccessDeniedError(text, uri=self.uri, status=status, code=made.code, hint=hint)
+            return (TransferError if isinstance(made, TransferError) else AccessDeniedError)(
+                f"boto3 got no credentials from {operation}",
+                uri=self.uri,
+                status=status,
+                code=made.code,
+                hint=made.hint if code in _EXPIRED_CODES else None,
+                retry=made._retry,
+                retry_after=made._retry_after,
+            )
         name = type(error).__name__
         bases = {cls.__name__ for cls in type(error).__mro__}
         if "NoCredentialsError" in bases:
@@ -2722,7 +2728,7 @@ class _Access:
         if self.anonymous:
             return "It was asked for without a signature, as anonymous=True says"
         if "boto3" in sys.modules:
-            return "It was asked for without a signature: boto3 finds no credentials"
+            return "It was asked for without a signature: boto3 finds no credentials that work"
         return "For private data install boto3 and set up credentials"
 
     def attempt(

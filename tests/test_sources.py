@@ -696,11 +696,11 @@ def test_credentials_that_cannot_be_fetched_now_are_no_refusal(
     server: Server, sts: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sts.always(503, code="ServiceUnavailable")
-    for url in ("http://127.0.0.1:9", sts.url):
+    for url, text in (("http://127.0.0.1:9", "reach S3"), (sts.url, "from AssumeRoleWithWeb")):
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", url)
         for anonymous in (None, False):
             uri = publish({}, private=True)
-            failing(get, uri, s3c.TransferError, anonymous=anonymous)
+            assert text in str(failing(get, uri, s3c.TransferError, anonymous=anonymous))
 
 
 @NEEDS_BOTO3
@@ -715,7 +715,7 @@ def test_a_role_that_is_refused_is_told_from_an_object_that_is(
     sts.always(status, body.encode())
     uri = publish({}, private=True)
     error = failing(get, uri, s3c.AccessDeniedError, anonymous=anonymous)
-    assert error.message == "boto3 got no credentials: AssumeRoleWithWebIdentity was refused"
+    assert error.message == "boto3 got no credentials from AssumeRoleWithWebIdentity"
     assert (error.status, error.code) == (status, code)
 
 
