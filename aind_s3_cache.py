@@ -2381,12 +2381,18 @@ class _Signed(_S3):
             code = "" if code.isdigit() else code  # botocore's stand-in for an empty body
             made = self._error(status, headers, b"", code or None)
             operation = str(getattr(error, "operation_name", "GetObject"))
-            if operation in ("GetObject", "ListObjectsV2") or isinstance(made, TransferError):
+            if operation in ("GetObject", "ListObjectsV2"):
                 return made
             # STS or SSO says so, and nothing of the object.
-            text = f"boto3 got no credentials: {operation} was refused"
-            hint = made.hint if code in _EXPIRED_CODES else None
-            return AccessDeniedError(text, uri=self.uri, status=status, code=made.code, hint=hint)
+            return (TransferError if isinstance(made, TransferError) else AccessDeniedError)(
+                f"boto3 got no credentials from {operation}",
+                uri=self.uri,
+                status=status,
+                code=made.code,
+                hint=made.hint if code in _EXPIRED_CODES else None,
+                retry=made._retry,
+                retry_after=made._retry_after,
+            )
         name = type(error).__name__
         bases = {cls.__name__ for cls in type(error).__mro__}
         if "NoCredentialsError" in bases:
@@ -2643,10 +2649,12 @@ class _Access:
             yield _Signed(client, bucket, key, version, own=True)
 
     def _why_unsigned(self) -> str:
+        if self.client is not None:
+            return "It was asked for without a signature, as s3_client is set up"
         if self.anonymous:
             return "It was asked for without a signature, as anonymous=True says"
         if "boto3" in sys.modules:
-            return "It was asked for without a signature: boto3 finds no credentials"
+            return "It was asked for without a signature: boto3 finds no credentials that work"
         return "For private data install boto3 and set up credentials"
 
     def attempt(
@@ -3033,6 +3041,14 @@ def _validator(answer: _Answer) -> str:
     return "m" + modified.encode("latin-1").hex() if usable else ""
 
 
+_EFFECTIVE_IDS = os.access in os.supports_effective_ids
+
+
+def _may(path: str, mode: int) -> bool:
+    """Tell whether a path may be used so, by the user who counts when it is opened (seteuid)."""
+    return os.access(path, mode, effective_ids=_EFFECTIVE_IDS)
+
+
 def _owner(private: bool) -> str:
     """Return whose an entry is as it stands in a name: ``o``, of all, or ``p`` and a uid."""
     # Users who share a cache would else replace each other's private entries.
@@ -3080,7 +3096,7 @@ class _Entry:
         # The size in the name decides: no stamp can lie about it, and no second file is needed.
         # Another user's may be private, or made under a umask that lets nobody else read it.
         is_open = found.st_mode & stat.S_IROTH != 0
-        return self.held == self.size and (is_open or os.access(self.path, os.R_OK))
+        return self.held == self.size and (is_open or _may(self.path, os.R_OK))
 
 
 def _parse_entry(path: str) -> _Entry | None:
@@ -4318,7 +4334,7 @@ def _default_cache_dir() -> str:
     if os.path.isabs(home):
         if os.path.isdir(os.path.join(cache, _FOLDER)):
             return cache  # even if it is read-only: hits need no more
-        if os.access(cache if os.path.isdir(cache) else home, os.W_OK | os.X_OK):
+        if _may(cache if os.path.isdir(cache) else home, os.W_OK | os.X_OK):
             return cache
     return _fallback_dir()
 
@@ -5819,7 +5835,7 @@ class _Tree:
             raise _disk_error(errors[0], self.store.trees)
         held = [p for p in paths if os.path.basename(p).startswith(starts)]
         # Another user's is not to be read.
-        found = [_Snapshot(path) for path in held if os.access(path, os.R_OK)]
+        found = [_Snapshot(path) for path in held if _may(path, os.R_OK)]
         return sorted(found, key=self.store.validated, reverse=True)
 
     def localize(self) -> LocalizedResource:
@@ -6357,7 +6373,7 @@ class CacheManager:
                     os.makedirs(base, exist_ok=True)
                 else:  # not ~/.cache: scripts written for 0.1 tidy up in `dir`, or remove it
                     keeper = _Keeper(base)
-                    if not os.path.isdir(base) or os.access(base, os.W_OK):
+                    if not os.path.isdir(base) or _may(base, os.W_OK):
                         keeper.make(keeper.root)
                     base = keeper.root
         self._remove: Callable[[], object] | None = None

@@ -224,6 +224,21 @@ def test_what_a_colleague_lets_nobody_read_is_fetched_for_oneself(
 
 
 @pytest.mark.root
+def test_who_acts_for_another_user_is_served_what_that_one_may_read(
+    public: Path, publish: Publish
+) -> None:
+    """As a service does with seteuid."""
+    get = partial(s3c.get_local_path_for_resource, publish(b"data"), cache_dir=public)
+    get().path.chmod(0o400)
+    os.seteuid(NOBODY)
+    try:
+        with pytest.raises(s3c.OfflineError):
+            get(offline=True)
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.root
 @pytest.mark.boto3
 def test_offline_a_private_copy_of_another_user_does_not_hide_a_public_one(
     public: Path, publish: Publish, as_nobody: AsNobody, monkeypatch: pytest.MonkeyPatch

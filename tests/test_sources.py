@@ -694,11 +694,11 @@ def test_credentials_that_cannot_be_fetched_now_are_no_refusal(
     server: Server, sts: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sts.always(503, code="ServiceUnavailable")
-    for url in ("http://127.0.0.1:9", sts.url):
+    for url, text in (("http://127.0.0.1:9", "reach S3"), (sts.url, "from AssumeRoleWithWeb")):
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", url)
         for anonymous in (None, False):
             uri = publish({}, private=True)
-            failing(get, uri, s3c.TransferError, anonymous=anonymous)
+            assert text in str(failing(get, uri, s3c.TransferError, anonymous=anonymous))
 
 
 @NEEDS_BOTO3
@@ -713,7 +713,7 @@ def test_a_role_that_is_refused_is_told_from_an_object_that_is(
     sts.always(status, body.encode())
     uri = publish({}, private=True)
     error = failing(get, uri, s3c.AccessDeniedError, anonymous=anonymous)
-    assert error.message == "boto3 got no credentials: AssumeRoleWithWebIdentity was refused"
+    assert error.message == "boto3 got no credentials from AssumeRoleWithWebIdentity"
     assert (error.status, error.code) == (status, code)
 
 
@@ -800,6 +800,8 @@ def test_a_client_decides_by_itself_whether_it_signs(
     assert signed(server) == [False, True]
     assert stat.S_IMODE(public.path.stat().st_mode) == 0o444
     assert stat.S_IMODE(private.path.stat().st_mode) == 0o600
+    error = failing(get, publish({}, "third", private=True), s3_client=open_client)
+    assert error.hint.endswith("without a signature, as s3_client is set up")
     open_client.close()
 
 
