@@ -3750,7 +3750,7 @@ class _Partial:
         self.crcs = bytearray(4 * self.count)
         self.lock = threading.Lock()
         self.shared = False  # peers work on the same object: take chunks at random
-        self._users, self._closed = 1, False
+        self._users, self._closed = 1, threading.Event()
         with _Disk(store.partial, total):
             mode = 0o600 if private else _FINAL
             self.fd = store.create(self.path + ".data", os.O_RDWR, mode)
@@ -3800,10 +3800,7 @@ class _Partial:
             self.crcs[4 * index : 4 * (index + count)] = crcs
             self.state[index : index + count] = b"\2" * count
         lines = [f"{index + n:x} {crcs[4 * n : 4 * n + 4].hex()}\n" for n in range(count)]
-        try:
-            os.write(self.log, "".join(lines).encode())
-        except OSError:  # after a crash more comes again, and nothing else
-            pass
+        self._note("".join(lines))
 
     def chunk(self, index: int) -> tuple[int, int]:
         return index * _CHUNK, min((index + 1) * _CHUNK, self.total)
@@ -3881,6 +3878,22 @@ class _Partial:
         self.store.drop_partials(self.key)
         return final
 
+    def linger(self) -> None:
+        """From now on until we close, show who waits for us that we live: a disk may be slow."""
+        _start_thread(self._beat)
+
+    def _beat(self) -> None:
+        while not self._closed.wait(0.5):
+            with self.lock:
+                if self._users:  # else it has another's number
+                    self._note("\n")
+
+    def _note(self, lines: str) -> None:
+        try:
+            os.write(self.log, lines.encode())
+        except OSError:  # after a crash more comes again, and nothing else
+            pass
+
     def restart(self) -> None:
         """Chunks may be written again: of one version, they are the same."""
 
@@ -3889,8 +3902,8 @@ class _Partial:
             self._users += 1
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
+        if not self._closed.is_set():
+            self._closed.set()
             self.release()
 
     def release(self) -> None:
@@ -5615,6 +5628,7 @@ class _Fetch:
                     raise _Changed  # gone again, and our own file is unfinished
                 _drop_partial(file.path)
                 return entry.path, True
+            file.linger()
             for behind, promised, name in hashes:
                 if behind.digest() != promised:
                     raise _mismatch(source, name)
