@@ -5105,7 +5105,9 @@ _CREWS: set[_Crew] = set()  # at work, in all calls
 def _share() -> int:
     """Return how many threads a crew may add, so that all may; below 0 it has more already."""
     crews = _CREWS.copy()
-    return (_WORKERS_ALL - sum(crew.active for crew in crews)) // (len(crews) or 1)
+    if len(crews) < 2:  # what the caller allows for one is the caller's business
+        return sys.maxsize
+    return (_WORKERS_ALL - sum(crew.active for crew in crews)) // len(crews)
 
 
 class _Crew:
