@@ -3709,7 +3709,7 @@ class _Partial:
         self.crcs = bytearray(4 * self.count)
         self.lock = threading.Lock()
         self.shared = False  # peers work on the same object: take chunks at random
-        self._users, self._closed = 1, False
+        self._users, self._closed = 1, threading.Event()
         with _Disk(store.partial, total):
             mode = 0o600 if private else _FINAL
             self.fd = store.create(self.path + ".data", os.O_RDWR, mode)
@@ -3757,10 +3757,7 @@ class _Partial:
             self.crcs[4 * index : 4 * (index + count)] = crcs
             self.state[index : index + count] = b"\2" * count
         lines = [f"{index + n:x} {crcs[4 * n : 4 * n + 4].hex()}\n" for n in range(count)]
-        try:
-            os.write(self.log, "".join(lines).encode())
-        except OSError:  # after a crash more comes again, and nothing else
-            pass
+        self._note("".join(lines))
 
     def chunk(self, index: int) -> tuple[int, int]:
         return index * _CHUNK, min((index + 1) * _CHUNK, self.total)
@@ -3837,13 +3834,29 @@ class _Partial:
         self.store.drop_partials(self.key)
         return final
 
+    def linger(self) -> None:
+        """From now on until we close, show who waits for us that we live: a disk may be slow."""
+        _start_thread(self._beat)
+
+    def _beat(self) -> None:
+        while not self._closed.wait(0.5):
+            with self.lock:
+                if self._users:  # else it has another's number
+                    self._note("\n")
+
+    def _note(self, lines: str) -> None:
+        try:
+            os.write(self.log, lines.encode())
+        except OSError:  # after a crash more comes again, and nothing else
+            pass
+
     def hold(self) -> None:
         with self.lock:
             self._users += 1
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
+        if not self._closed.is_set():
+            self._closed.set()
             self.release()
 
     def release(self) -> None:
@@ -5046,7 +5059,9 @@ _CREWS: set[_Crew] = set()  # at work, in all calls
 def _share() -> int:
     """Return how many threads a crew may add, so that all may; below 0 it has more already."""
     crews = _CREWS.copy()
-    return (_WORKERS_ALL - sum(crew.active for crew in crews)) // (len(crews) or 1)
+    if len(crews) < 2:  # what the caller allows for one is the caller's business
+        return sys.maxsize
+    return (_WORKERS_ALL - sum(crew.active for crew in crews)) // len(crews)
 
 
 class _Crew:
@@ -5531,6 +5546,7 @@ class _Fetch:
                     raise _Changed  # gone again, and our own file is unfinished
                 _drop_partial(file.path)
                 return entry.path, True
+            file.linger()
             for behind in hashes:
                 behind.check(source)
             name = self.store.name(self.ident, self.source, validator, total, _checksum(file.crcs))

@@ -135,6 +135,18 @@ def test_many_trees_open_no_more_files_than_a_mac_allows(server: Server, get_all
     assert 32 <= most[0] <= 130
 
 
+def test_more_workers_than_that_are_had_by_who_asks_for_them(
+    many: Callable[[int], list[str]], server: Server, get_all: Get
+) -> None:
+    server.latency, most = 0.3, [0]
+
+    def count(_: int) -> None:
+        most[0] = max(most[0], len(server._sockets))
+
+    get_all(many(800), max_workers=120, progress=count)
+    assert most[0] > 100
+
+
 # ==== What goes in ============================================================================
 
 

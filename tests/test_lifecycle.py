@@ -204,11 +204,11 @@ print(len(places) - int(place), get().status)
 """
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_an_interrupt_as_a_thread_starts_is_none_of_its_failures(
     place: int, publish: Publish, run_python: Run, cache: Path
 ) -> None:
-    """CPython's wait for the lock's, the hash's and the download's thread may turn it into one."""
+    """CPython may turn it into one: as it waits for the threads of lock, hash, download and end."""
     uri = publish(blob(12 * MiB))
     assert run_python(AMID_START, str(place), cache, uri).stdout == "1 downloaded\n"
 

@@ -626,6 +626,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds a peer at work waits for a second without a sign of it."""
+    monkeypatch.setattr(s3c, "_PEER_PATIENCE", 1.0)
+
+
+@pytest.fixture
 def slow_newcomers(server: Server) -> Callable[[], None]:
     """`slow_newcomers()`: from now on, ranges asked for on new connections come late."""
 
@@ -779,6 +785,22 @@ def test_who_waits_for_a_killed_process_goes_on_from_there(
     assert get(uri).path.read_bytes() == blob(size)
     assert time.monotonic() - began < 8
     assert server.bytes_sent < 1.6 * size
+
+
+SLOW_DISK = "#include <unistd.h>\nint fsync(int fd) { sleep(5); return 0; }"
+
+
+@posix
+def test_a_peer_whose_disk_takes_its_time_is_waited_for(
+    start: Any, preload: Any, server: Server, publish: Publish, get: Get, cache: Path, patient: None
+) -> None:
+    """Broken variant: who waits takes it for dead, and copies all that it has, each for itself."""
+    uri, server.rate = publish(blob(24 * MiB)), 16 * MiB
+    child = start(uri, env=preload(SLOW_DISK))
+    while server.bytes_sent < 4 * MiB:
+        time.sleep(0.01)
+    assert get(uri).status == "revalidated"
+    assert _outcome(child)[0] == "downloaded"
 
 
 # ==== Broken locks ============================================================================
