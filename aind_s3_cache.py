@@ -4347,16 +4347,19 @@ class _Keeper(_Store):
         self._settle()
 
 
+def _abspath(path: str) -> str:
+    """Return an absolute path: behind a link, ".." leads elsewhere than os.path.abspath says."""
+    return os.path.realpath(path) if ".." in path else os.path.abspath(path)
+
+
 def _local_path(text: str) -> str:
     """Return the absolute path that a path or ``file:`` URI means, ``~`` expanded."""
     scheme = _scheme(text)
     if scheme not in ("", "file"):
         raise ValueError(f"Unsupported URL or file path: '{_redact_bad(text)}'")
     path = _file_path(text) if scheme else os.path.expanduser(text)
-    # Behind a symbolic link ".." leads elsewhere than `abspath` says.
-    whole = os.path.realpath if ".." in path else os.path.abspath
     try:
-        return whole(path) if path else ""
+        return _abspath(path) if path else ""
     except (FileNotFoundError, ValueError):  # no working directory; NUL or a surrogate
         raise _no_local_path(text) from None
 
@@ -4381,7 +4384,7 @@ def _default_cache_dir() -> str:
     for name in ("XDG_CACHE_HOME", *(("LOCALAPPDATA",) * (os.name == "nt"))):
         path = os.path.expanduser(_first_env(name))
         if os.path.isabs(path):
-            return os.path.abspath(path)
+            return _abspath(path)
     # A container's home may be /, missing or read-only; a hit needs no more than to read.
     home = os.path.expanduser("~")
     cache = os.path.join(home, ".cache")
@@ -4405,12 +4408,12 @@ def _cache_dir(cache_dir: StrPath | None) -> str:
         text = _text(cache_dir or _first_env("AIND_S3_CACHE_DIR"))
     except TypeError as error:
         raise TypeError(f"cache_dir: {error}") from None
-    if text[:1] == os.sep == "/" and "\0" not in text:
+    if text[:1] == os.sep == "/" and "\0" not in text and ".." not in text:
         return _absolute(text)
     if _scheme(text) or "\0" in text:
         name = "cache_dir" if cache_dir else "AIND_S3_CACHE_DIR"
         raise ValueError(f"{name} must be a directory, not '{_redact(text)}'")
-    return os.path.abspath(os.path.expanduser(text)) if text else _default_cache_dir()
+    return _abspath(os.path.expanduser(text)) if text else _default_cache_dir()
 
 
 @lru_cache(maxsize=256)
