@@ -2541,7 +2541,7 @@ class _File(_Source):
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115  the answer owns it
             found = os.fstat(file.fileno())
-        except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # NUL or a surrogate
             raise _no_local_path(self.text) from None
         except OSError as error:
             raise self.unreadable(error) from None
@@ -6131,6 +6131,8 @@ def _local(text: str) -> LocalizedResource:
     path = _local_path(text)
     try:
         size = os.stat(path).st_size
+    except PermissionError as error:
+        raise _File(path, text).unreadable(error) from None
     except (OSError, ValueError):
         raise _no_local_path(text) from None
     return LocalizedResource(path, False, "local", "local", text, None, size)
