@@ -4479,15 +4479,13 @@ def _inflate(data: bytearray, source: _Source, coding: str) -> bytearray:
     """Undo Content-Encoding gzip or deflate, and no more of it than the ceiling (gzip bombs)."""
     import zlib
 
-    if not coding:  # nobody says how it was stored, as of a file: no JSON begins so
-        coding = "gzip" if data[:1] == b"\x1f" else "deflate" if _is_zlib(data) else ""
-    codings = coding.lower().split(",")
+    known = "gzip", "x-gzip", "deflate"  # "utf-8" is met, and changes nothing
+    codings = [name for name in map(str.strip, coding.lower().split(",")) if name in known]
+    if not codings:  # nobody says how it was stored, as of a file: no JSON begins so
+        codings = ["gzip"] if data[:1] == b"\x1f" else ["deflate"] if _is_zlib(data) else []
     if len(codings) > _CODINGS:
         raise InvalidJSONError(f"More than {_CODINGS} Content-Encodings", uri=source.uri)
-    for name in reversed(codings):
-        coding = name.strip()
-        if coding not in ("gzip", "x-gzip", "deflate"):  # "utf-8" is met, and changes nothing
-            continue
+    for coding in reversed(codings):
         raw = coding == "deflate" and not _is_zlib(data)  # some send it without a header
         try:
             out = _decompress(data, -15 if raw else 47, _JSON_LIMIT)
