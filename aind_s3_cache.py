@@ -4306,16 +4306,27 @@ def _no_local_path(text: str) -> NotFoundError:
     return NotFoundError("Local path not found", uri=_redact_path(text), hint=hint)
 
 
+def _unreadable(error: OSError, uri: str) -> Exception:
+    """Return the error for a local file that is there; a handler's own is what it is."""
+    if _is_of_handler(error):
+        return error
+    cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
+    return cls(f"Cannot be read ({error.strerror})", uri=uri, errno=error.errno)
+
+
+def _abspath(path: str) -> str:
+    """Return an absolute path: behind a link, ".." leads elsewhere than os.path.abspath says."""
+    return os.path.realpath(path) if ".." in path else os.path.abspath(path)
+
+
 def _local_path(text: str) -> str:
     """Return the absolute path that a path or ``file:`` URI means, ``~`` expanded."""
     scheme = _scheme(text)
     if scheme not in ("", "file"):
         raise ValueError(f"Unsupported URL or file path: '{_redact_bad(text)}'")
     path = _file_path(text) if scheme else os.path.expanduser(text)
-    # Behind a symbolic link ".." leads elsewhere than `abspath` says.
-    whole = os.path.realpath if ".." in path else os.path.abspath
     try:
-        return whole(path) if path else ""
+        return _abspath(path) if path else ""
     except (FileNotFoundError, ValueError):  # no working directory; NUL or a surrogate
         raise _no_local_path(text) from None
 
@@ -4340,7 +4351,7 @@ def _default_cache_dir() -> str:
     for name in ("XDG_CACHE_HOME", *(("LOCALAPPDATA",) * (os.name == "nt"))):
         path = os.path.expanduser(_first_env(name))
         if os.path.isabs(path):
-            return os.path.abspath(path)
+            return _abspath(path)
     # A container's home may be /, missing or read-only; a hit needs no more than to read.
     home = os.path.expanduser("~")
     cache = os.path.join(home, ".cache")
@@ -4364,12 +4375,12 @@ def _cache_dir(cache_dir: StrPath | None) -> str:
         text = _text(cache_dir or _first_env("AIND_S3_CACHE_DIR"))
     except TypeError as error:
         raise TypeError(f"cache_dir: {error}") from None
-    if text[:1] == os.sep == "/" and "\0" not in text:
+    if text[:1] == os.sep == "/" and "\0" not in text and ".." not in text:
         return _absolute(text)
     if _scheme(text) or "\0" in text:
         name = "cache_dir" if cache_dir else "AIND_S3_CACHE_DIR"
         raise ValueError(f"{name} must be a directory, not '{_redact(text)}'")
-    return os.path.abspath(os.path.expanduser(text)) if text else _default_cache_dir()
+    return _abspath(os.path.expanduser(text)) if text else _default_cache_dir()
 
 
 @lru_cache(maxsize=256)
@@ -4435,15 +4446,13 @@ def _inflate(data: bytearray, uri: str, coding: str) -> bytearray:
     """Undo Content-Encoding gzip or deflate, and no more of it than the ceiling (gzip bombs)."""
     import zlib
 
-    if not coding:  # nobody says how it was stored, as of a file: no JSON begins so
-        coding = "gzip" if data[:1] == b"\x1f" else "deflate" if _is_zlib(data) else ""
-    codings = coding.lower().split(",")
+    known = "gzip", "x-gzip", "deflate"  # "utf-8" is met, and changes nothing
+    codings = [name for name in map(str.strip, coding.lower().split(",")) if name in known]
+    if not codings:  # nobody says how it was stored, as of a file: no JSON begins so
+        codings = ["gzip"] if data[:1] == b"\x1f" else ["deflate"] if _is_zlib(data) else []
     if len(codings) > _CODINGS:
         raise InvalidJSONError(f"More than {_CODINGS} Content-Encodings", uri=uri)
-    for name in reversed(codings):
-        coding = name.strip()
-        if coding not in ("gzip", "x-gzip", "deflate"):  # "utf-8" is met, and changes nothing
-            continue
+    for coding in reversed(codings):
         raw = coding == "deflate" and not _is_zlib(data)  # some send it without a header
         try:
             out = _decompress(data, -15 if raw else 47, _JSON_LIMIT)
@@ -4508,14 +4517,13 @@ def _read_file(path: str, text: str, uri: str) -> dict[str, Any]:
     try:
         try:
             file = open(path, "rb")  # noqa: SIM115  who reads it closes it
-        except (FileNotFoundError, ValueError):  # NUL or a surrogate names no file
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # NUL or a surrogate
             raise _no_local_path(text) from None
         data = _read_up_to(file, _JSON_LIMIT + 1)
+    except S3CacheError:
+        raise
     except OSError as error:
-        if isinstance(error, S3CacheError) or _is_of_handler(error):
-            raise
-        cls = AccessDeniedError if error.errno == errno.EACCES else CacheError
-        raise cls(f"Cannot be read ({error.strerror})", uri=uri, errno=error.errno) from None
+        raise _unreadable(error, uri) from None
     if len(data) > _JSON_LIMIT:
         raise _too_large(uri)
     return _parse_json(_inflate(data, uri, ""), uri, "")
@@ -6048,6 +6056,8 @@ def _local(text: str) -> LocalizedResource:
     path = _local_path(text)
     try:
         size = os.stat(path).st_size
+    except PermissionError as error:
+        raise _unreadable(error, _redact_path(text)) from None
     except (OSError, ValueError):
         raise _no_local_path(text) from None
     return LocalizedResource(path, False, "local", "local", text, None, size)

@@ -257,6 +257,24 @@ def test_a_local_path_that_cannot_be_is_not_found(untouched: Server, path: str) 
             call(path)
 
 
+@pytest.mark.parametrize("call", [s3c.get_local_path_for_resource, s3c.get_json])
+def test_a_local_path_below_a_file_is_not_found(call: Callable[[Any], Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(s3c.NotFoundError, match=r"Local path not found: .*a$"):
+        call(tmp_path / "file" / "a")
+
+
+@pytest.mark.parametrize("call", [s3c.get_local_path_for_resource, s3c.get_json])
+def test_a_local_path_that_may_not_be_looked_at_is_denied(
+    call: Callable[[Any], Any], public: Path, as_nobody: Callable[[Callable[[], Any]], Any]
+) -> None:
+    (public / "mine").mkdir(mode=0o700)
+    (public / "mine" / "a.json").write_bytes(b"{}")
+    call(public / "mine" / "a.json")  # what it imports
+    with pytest.raises(s3c.AccessDeniedError, match=r"Cannot be read \(Permission denied\)"):
+        as_nobody(lambda: call(public / "mine" / "a.json"))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there a directory in use stays")
 def test_a_relative_path_in_a_directory_that_is_gone_is_not_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

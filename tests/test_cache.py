@@ -1002,6 +1002,19 @@ def test_a_cache_directory_is_made_with_its_parents(tmp_path: Path) -> None:
     assert deep.is_dir()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there a path loses its dots before any link is met")
+def test_dots_behind_a_symbolic_link_name_the_directory_that_they_lead_to(
+    publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "far" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "below")
+    monkeypatch.chdir(tmp_path)
+    for cache_dir in ("link/../cache", tmp_path / "link" / ".." / "cache"):
+        result = s3c.get_local_path_for_resource(publish(b"x"), cache_dir=cache_dir)
+        assert (tmp_path / "far" / "cache").resolve() in result.path.parents
+        assert s3c.CacheManager(cache_dir).dir == (tmp_path / "far" / "cache").resolve()
+
+
 def test_a_tilde_and_a_path_like_are_taken_as_cache_dir(publish: Publish, home: Path) -> None:
     uri = publish(b"x")
     one = s3c.get_local_path_for_resource(uri, cache_dir="~/.cache")

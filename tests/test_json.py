@@ -249,11 +249,12 @@ def test_they_are_undone_of_what_is_cached_too(
     assert s3c.get_json(get(uri)) == DOCUMENT
 
 
+@pytest.mark.parametrize("headers", [{}, {"Content-Encoding": "aws-chunked"}], ids=str)
 @pytest.mark.parametrize("squeeze", [gzip.compress, zlib.compress])
 def test_a_document_that_was_squeezed_before_it_was_stored_is_read_from_anywhere(
-    server: Server, publish: Publish, get: Callable[..., Any], squeeze: Callable[[bytes], bytes]
+    server: Server, publish: Publish, get: Callable[..., Any], squeeze: Any, headers: Any
 ) -> None:
-    uri = publish(squeeze(TEXT.encode()), key="data.json.gz")
+    uri = publish(squeeze(TEXT.encode()), key="data.json.gz", headers=headers)
     for where in (uri, over_http(server, uri), get(uri)):
         assert s3c.get_json(where) == DOCUMENT
 
