@@ -3371,6 +3371,14 @@ def _sidecar(path: str, kind: str) -> str:
     return f"{directory}{os.sep}.{kind}{name}"
 
 
+def _tree_stamp(path: str) -> float:
+    """Return when a tree was validated: as its sidecar says, for its own time is a reader's, too.
+
+    Whoever adds a file, such as consolidated metadata, changes that.
+    """
+    return _newest(_sidecar(path, "v")) or _newest(path)
+
+
 _UTIME_OF_LINKS = os.utime in os.supports_follow_symlinks
 
 
@@ -4249,8 +4257,8 @@ class _Keeper(_Store):
         files = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
         inodes = _inodes(files)
         name = os.path.basename(path).split("_", 4)[-1]
-        stamp = _newest(path, _sidecar(path, "v"))
-        used = max(stamp, _newest(_sidecar(path, "u")))
+        stamp = _tree_stamp(path)
+        used = max(stamp, _newest(path, _sidecar(path, "u")))
         private = os.path.basename(path)[21:22] == "p"
         size = sum(inodes.values())
         return _Unit(CacheEntry(path, name, "tree", size, used, stamp, None, private), inodes)
@@ -5907,7 +5915,7 @@ class _Snapshot(_Entry):
     __slots__ = ()
 
     def __init__(self, path: str) -> None:
-        self.path, self.stamp, self.etag = path, _newest(path), None
+        self.path, self.stamp, self.etag = path, _tree_stamp(path), None
 
     def check(self) -> bool:
         """Tell whether it still has the files and bytes that its name says, or more."""
@@ -5991,7 +5999,9 @@ class _Tree:
         path = os.path.join(self.store.trees, head + tail)
         # Who waits for another thread's finds it whole.
         with _Flight(self.store, self.id, self.opt.switch):
-            if self.store.confirm(path) and _is_whole_tree(path, names, keys):
+            if os.path.isdir(path):
+                _touch(_sidecar(path, "v"))  # nobody prunes it from here on
+            if _is_whole_tree(path, names, keys):
                 return _result(self.source, path, "revalidated", None, size)
             if not self.assemble(path, names, keys):
                 return None
@@ -6011,6 +6021,7 @@ class _Tree:
             if self.changed or not _is_whole_tree(aside, names, keys):
                 return False
             self.publish(aside, path, names, keys)
+            _touch(_sidecar(path, "v"))
         except _Changed:
             return False
         except CacheError as error:
@@ -6088,7 +6099,6 @@ class _Tree:
     def publish(self, aside: str, path: str, names: list[str], keys: list[_Key]) -> None:
         """Make the directory visible; a damaged one of the same name makes room."""
         with _Disk(path):
-            self.store.confirm(aside)
             try:
                 return os.rename(aside, path)
             except OSError:
