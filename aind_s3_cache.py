@@ -3300,6 +3300,14 @@ def _sidecar(path: str, kind: str) -> str:
     return f"{directory}{os.sep}.{kind}{name}"
 
 
+def _tree_stamp(path: str) -> float:
+    """Return when a tree was validated: as its sidecar says, for its own time is a reader's, too.
+
+    Whoever adds a file, such as consolidated metadata, changes that.
+    """
+    return _newest(_sidecar(path, "v")) or _newest(path)
+
+
 _UTIME_OF_LINKS = os.utime in os.supports_follow_symlinks
 
 
@@ -4175,8 +4183,8 @@ class _Keeper(_Store):
         files = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
         inodes = _inodes(files)
         name = os.path.basename(path).split("_", 4)[-1]
-        stamp = _newest(path, _sidecar(path, "v"))
-        used = max(stamp, _newest(_sidecar(path, "u")))
+        stamp = _tree_stamp(path)
+        used = max(stamp, _newest(path, _sidecar(path, "u")))
         private = os.path.basename(path)[21:22] == "p"
         size = sum(inodes.values())
         return _Unit(CacheEntry(path, name, "tree", size, used, stamp, None, private), inodes)
@@ -5822,7 +5830,7 @@ class _Snapshot(_Entry):
     __slots__ = ()
 
     def __init__(self, path: str) -> None:
-        self.path, self.stamp, self.etag = path, _newest(path), None
+        self.path, self.stamp, self.etag = path, _tree_stamp(path), None
 
     def check(self) -> bool:
         """Tell whether it still has the files and bytes that its name says, or more."""
@@ -5903,8 +5911,9 @@ class _Tree:
         path = os.path.join(self.store.trees, _full_name(head, self.source.name))
         # Who waits for another thread's finds it whole.
         with _Flight((self.store.root, self.id), self.opt.switch):
-            whole = self.store.confirm(path) and _is_whole_tree(path, files)
-            if not whole and not self.assemble(path, files):
+            if os.path.isdir(path):
+                _touch(_sidecar(path, "v"))  # nobody prunes it from here on
+            if not _is_whole_tree(path, files) and not self.assemble(path, files):
                 return None
         status = "downloaded" if self.fetched else "revalidated"
         return _result(self.source, path, status, None, size)
@@ -5923,6 +5932,7 @@ class _Tree:
             if self.changed or not _is_whole_tree(aside, files):
                 return False
             self.publish(aside, path, files)
+            _touch(_sidecar(path, "v"))
         except _Changed:
             return False
         except CacheError as error:
@@ -5999,7 +6009,6 @@ class _Tree:
     def publish(self, aside: str, path: str, files: dict[str, _Key]) -> None:
         """Make the directory visible; a damaged one of the same name makes room."""
         with _Disk(path):
-            self.store.confirm(aside)
             try:
                 return os.rename(aside, path)
             except OSError:

@@ -63,8 +63,9 @@ def listings(server: Server) -> int:
 
 
 def age(path: Path, seconds: float) -> None:
-    """Move the times of a directory and of all below it into the past."""
-    for found in (path, *path.rglob("*")):
+    """Move the times of a directory, of its stamp and of all below it into the past."""
+    stamps = path.parent.glob(f".v{path.name}")
+    for found in (path, *stamps, *path.rglob("*")):
         at = found.stat().st_mtime - seconds
         os.utime(found, (at, at))
 
@@ -389,7 +390,7 @@ def test_a_tree_that_is_stopped_half_way_is_not_published(
         s3c.get_local_paths_for_resources(
             [TREE, f"s3://{BUCKET}/refused"], cache_dir=cache, anonymous=True
         )
-    assert os.listdir(cache / "aind-s3-cache" / "trees") == []
+    assert list((cache / "aind-s3-cache" / "trees").glob("[!.]*")) == []
 
 
 def test_an_entry_that_is_pruned_before_it_is_linked_is_fetched_again(
@@ -545,6 +546,24 @@ def test_a_stamp_beside_a_tree_is_as_good_as_its_own(
     assert get(max_age=3600).status == "fresh"
     assert server.seen == []
     assert s3c.CacheManager(cache).prune(max_age_days=7) == []
+
+
+def test_a_file_more_makes_a_tree_neither_younger_nor_newer(
+    server: Server, put_tree: Get, get: Get, cache: Path
+) -> None:
+    """It changes the time of the directory, which was taken for that of its validation."""
+    put_tree()
+    old = get().path
+    put_tree({"0/0": b"new"})
+    new = get().path
+    age(old, 7200)
+    age(new, 7000)
+    (old / ".zmetadata").write_bytes(b"{}")
+    assert get(offline=True).path == new
+    assert get(max_age=3600).status == "revalidated"
+    age(old, 30 * 86400)
+    s3c.CacheManager(cache).prune(max_age_days=7)
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def cut_short(path: Path) -> None:
@@ -969,7 +988,7 @@ def test_an_interrupted_tree_leaves_no_snapshot_and_resumes(
     server.latency = 0.005
     done = run_python(INTERRUPTED, cache, TREE, check=False)
     assert (done.returncode, done.stderr) == (130, "")
-    assert os.listdir(cache / "aind-s3-cache" / "trees") == []
+    assert list((cache / "aind-s3-cache" / "trees").glob("[!.]*")) == []
     server.reset()
     server.latency = 0
     assert contents(get().path) == files
