@@ -3555,6 +3555,11 @@ def _start_thread(work: Callable[[], None]) -> threading.Thread | None:
     except RuntimeError as error:
         _unmask(error)  # it waits until the thread has started
         return None
+    except KeyError as error:
+        # After a handler's error CPython forgets a thread, which may have done that by itself.
+        if error.__context__ and error.args == (thread,):
+            raise error.__context__ from None
+        raise
     return thread
 
 
@@ -3858,9 +3863,12 @@ class _Partial:
         except OSError:  # after a crash more comes again, and nothing else
             pass
 
-    def hold(self) -> None:
+    def hold(self) -> bool:
+        """Keep it open for a thread, which does so itself; False if it is closed already."""
         with self.lock:
-            self._users += 1
+            open_ = self._users > 0
+            self._users += open_
+        return open_
 
     def close(self) -> None:
         if not self._closed.is_set():
@@ -3872,8 +3880,10 @@ class _Partial:
         with self.lock:
             self._users -= 1
             if self._users == 0:
-                _close(self.fd)
-                _close(self.log)
+                try:  # others run meanwhile, and a Ctrl-C may come
+                    _close(self.log)
+                finally:
+                    _close(self.fd)
 
 
 class _Record:
@@ -5167,12 +5177,11 @@ class _Behind:
 
     def start(self) -> None:
         """Begin now; without a thread, after the download."""
-        self._file.hold()
         self._thread = _start_thread(self._run)
-        if not self._thread:
-            self._file.release()
 
     def _run(self) -> None:
+        if not self._file.hold():
+            return
         try:
             self._follow()
         except OSError:  # whoever asks for the digest meets it again
@@ -5237,7 +5246,8 @@ class _Download:
 
     def work(self) -> None:
         """Fetch runs of chunks until none is free: what one worker does."""
-        self.file.hold()
+        if not self.file.hold():
+            return
         try:
             buffer = _buffer(self.body)
             patience = _Patience(self.switch, gauge=partial(self.file.state.count, 2))

@@ -213,6 +213,32 @@ def test_an_interrupt_as_a_thread_starts_is_none_of_its_failures(
     assert run_python(AMID_START, str(place), cache, uri).stdout == "1 downloaded\n"
 
 
+AMID_BIRTH = """
+import SUBJECT as s3c, os, signal, sys, time
+cache, uri, births = *sys.argv[1:], []
+signal.signal(signal.SIGALRM, lambda *_: 1 / 0)
+def trace(frame, event, function):
+    if event == "c_return" and "start_" in function.__name__ and "_thread" in function.__name__:
+        births.append(function)
+        if len(births) == 2: signal.raise_signal(signal.SIGALRM)
+sys.setprofile(trace)
+try: s3c.get_local_path_for_resource(uri, cache_dir=cache)
+except ZeroDivisionError: sys.setprofile(None)
+time.sleep(0.3)
+print(len(births), end=" ")
+fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+print([at for at in map(os.readlink, filter(os.path.exists, fds)) if "partial" in at])
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts file descriptors")
+def test_a_signals_error_as_the_hashs_thread_starts_leaves_no_file_open(
+    publish: Publish, run_python: Run, cache: Path
+) -> None:
+    """CPython then forgets the thread, which does nothing: it cannot be what lets go of a file."""
+    assert run_python(AMID_BIRTH, cache, publish(blob(12 * MiB))).stdout == "2 []\n"
+
+
 FLIGHT = f"""
 {AMID_WAIT}
 other = threading.Thread(target=get)
