@@ -3557,7 +3557,7 @@ def _start_thread(work: Callable[[], None]) -> threading.Thread | None:
         return None
     except KeyError as error:
         # After a handler's error CPython forgets a thread, which may have done that by itself.
-        if error.__context__ and error.args == (thread,):
+        if error.__context__ and any(isinstance(arg, threading.Thread) for arg in error.args):
             raise error.__context__ from None
         raise
     return thread
