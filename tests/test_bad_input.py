@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import Run
+from conftest import AsNobody, Run
 from server import Server
 from subject import s3c
 
@@ -266,8 +266,9 @@ def test_a_local_path_below_a_file_is_not_found(call: Callable[[Any], Any], tmp_
 
 @pytest.mark.parametrize("call", [s3c.get_local_path_for_resource, s3c.get_json])
 def test_a_local_path_that_may_not_be_looked_at_is_denied(
-    call: Callable[[Any], Any], public: Path, as_nobody: Callable[[Callable[[], Any]], Any]
+    call: Callable[[Any], Any], public: Path, as_nobody: AsNobody, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("AIND_S3_CACHE_DIR", str(public))
     (public / "mine").mkdir(mode=0o700)
     (public / "mine" / "a.json").write_bytes(b"{}")
     call(public / "mine" / "a.json")  # what it imports
