@@ -268,10 +268,11 @@ parent, pids = os.getpid(), []
 def get(**options): return s3c.get_local_path_for_resource(uri, cache_dir=cache, **options)
 def fork(_):
     if not pids:
+        pids.append(0)
+        other.start()
         time.sleep(0.3)  # by now the other thread waits
-        pids.append(os.fork())
-other = threading.Timer(0.1, get)
-other.start()
+        pids[0] = os.fork()
+other = threading.Thread(target=get)
 print(get(progress=fork).status, flush=True)
 if os.getpid() != parent: os._exit(0)
 os.waitpid(pids[0], 0)
