@@ -176,7 +176,7 @@ _RETRY_BASE = 0.05  # seconds; botocore and S3 guidance: full jitter over base *
 _RETRY_BASE_THROTTLED = 1.0  # seconds; a throttling server needs the pause, a dropped one does not
 _RETRY_CAP = 20.0  # seconds at most for one pause
 _RETRY_TOTAL = 60.0  # seconds since the last progress; a longer Retry-After fails at once
-_RETRY_TOKENS = 500  # per process, 5 a retry, 1 back per object or block: ends storms, as botocore
+_RETRY_TOKENS = 500  # per process, 5 a retry, back by object (1) and block (5): ends storms
 
 _WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
 _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
@@ -2011,8 +2011,8 @@ class _Quota:
         self.tokens = max(0, self.tokens - 5)
         return enough
 
-    def give(self) -> None:
-        self.tokens = min(_RETRY_TOKENS, self.tokens + 1)
+    def give(self, count: int = 1) -> None:
+        self.tokens = min(_RETRY_TOKENS, self.tokens + count)
 
 
 _QUOTA = _Quota()
@@ -2759,7 +2759,7 @@ class _Chunks(_Sink):
         self.view[:left] = self.view[size : size + left]
         self._base += size
         if size:
-            _QUOTA.give()
+            _QUOTA.give(5)  # a connection that brings a block may be cut
         self._due = time.monotonic() + _LOG_EVERY
 
     def end(self) -> None:

@@ -98,7 +98,7 @@ def test_a_line_that_is_cut_all_the_time_brings_an_object_of_any_size(
     publish: Publish, unsigned: Get, cut: Any
 ) -> None:
     """What each connection brings is progress, and no storm of retries."""
-    data = random(12 * LARGE)
+    data = random(24 * LARGE)
     cut(40_000, CLOSE, times=float("inf"))
     assert unsigned(publish(data)).path.read_bytes() == data
 
