@@ -322,6 +322,10 @@ class S3CacheError(Exception):
         found: type[Exception] | None = getattr(botocore, "ClientError", None)
         return found
 
+    def _name(self, uri: str) -> None:
+        """Say what this is about, if nobody has yet."""
+        self.uri = self.uri or _redact(uri)
+
     @property
     def response(self) -> dict[str, Any]:
         """The error in the shape of botocore's ``ClientError.response``."""
@@ -2674,7 +2678,7 @@ class _Access:
                     raise
                 source = following
             except S3CacheError as error:
-                error.uri = error.uri or _redact(source.uri)
+                error._name(source.uri)
                 raise
             else:
                 if source.signed and self.anonymous is None and self.client is None:
@@ -2816,7 +2820,7 @@ def _pull(source: _Source, answer: _Answer, sink: _Sink, stop: int, patience: _P
                     patience.heard()
             return
         except TransferError as error:
-            error.uri = _redact(source.uri)
+            error._name(source.uri)
             if etag is None or not _is_strong(etag):
                 raise
             patience.after(error)
@@ -5431,7 +5435,7 @@ class _Fetch:
                     raise
                 self.doubted = True
             except TransferError as error:
-                error.uri = error.uri or _redact(self.source.uri)
+                error._name(self.source.uri)
                 self.patience.after(error)
             self.tally.undo()
 
@@ -6131,7 +6135,7 @@ def _localize(text: str, opt: _Options, look: _Fetch | None = None) -> Localized
         if not nested:  # else it is the call around this one that has them
             _let_go()
         if isinstance(error, S3CacheError):  # ours, too, may be of a handler that called us
-            error.uri = error.uri or _redact(text)
+            error._name(text)
         _unmask(error)
         raise
 
