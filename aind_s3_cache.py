@@ -2118,9 +2118,10 @@ class _Source:
         self, status: int, headers: dict[str, str], body: bytes, code: str | None = None
     ) -> S3CacheError:
         """Return the error that an answer means, with the likely cause and the next step."""
-        told = _parse_error(body) if self.kind == "s3" else {}
-        if self.kind == "s3":  # botocore, too, takes the status for a code that is not told
-            code = code or told.get("Code") or _S3_CODES.get(status, str(status))
+        told: dict[str, str] = {}
+        if self.kind == "s3" and not code:  # botocore, too, takes the status for one not told
+            told = _parse_error(body)
+            code = told.get("Code") or _S3_CODES.get(status, str(status))
         cls = _REFUSALS.get(_CODE_STATUS.get(code or "", status), S3CacheError)
         retry = _retry_kind(status, code)
         refused = code in (_EXPIRED_CODES if self.signed else _UNSIGNED_CODES)
