@@ -21,6 +21,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
@@ -162,6 +163,21 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with Server() as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         yield server
+
+
+class Peak:
+    """A progress function that notes how many connections a server has at a time, at most."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self.most = server, 0
+
+    def __call__(self, _: int) -> None:
+        self.most = max(self.most, len(self._server._sockets))
+
+
+@pytest.fixture
+def peak(server: Server) -> Peak:
+    return Peak(server)
 
 
 @pytest.fixture
@@ -448,6 +464,12 @@ def public() -> Iterator[Path]:
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def get_public(publish: Publish, public: Path) -> Get:
+    """`get_public(**options)`: one small object, from a cache that every user can reach."""
+    return partial(s3c.get_local_path_for_resource, publish(b"data"), cache_dir=public)
 
 
 def _report(function: Callable[[], object]) -> tuple[bool, object]:

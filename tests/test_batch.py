@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Get, Publish, Run
+from conftest import BUCKET, Get, Peak, Publish, Run
 from server import BYE, RESET, STALL, Server
 from subject import name as subject_name
 from subject import s3c
@@ -122,29 +122,23 @@ def test_large_objects_come_in_a_batch_too(publish: Publish, get_all: Get) -> No
     assert [r.path.read_bytes() for r in get_all(uris)] == contents
 
 
-def test_many_trees_open_no_more_files_than_a_mac_allows(server: Server, get_all: Get) -> None:
+def test_many_trees_open_no_more_files_than_a_mac_allows(
+    server: Server, get_all: Get, peak: Peak
+) -> None:
     """256: each tree took 32 connections, and so a batch of them failed."""
-    server.latency, most = 0.1, [0]
+    server.latency = 0.1
     for tree, file in itertools.product(range(16), range(40)):
         server.put(BUCKET, f"{tree}/{file}", b"%d %d" % (tree, file))
-
-    def count(_: int) -> None:
-        most[0] = max(most[0], len(server._sockets))
-
-    get_all([f"s3://{BUCKET}/{tree}/" for tree in range(16)], progress=count)
-    assert 32 <= most[0] <= 130
+    get_all([f"s3://{BUCKET}/{tree}/" for tree in range(16)], progress=peak)
+    assert 32 <= peak.most <= 130
 
 
 def test_more_workers_than_that_are_had_by_who_asks_for_them(
-    many: Callable[[int], list[str]], server: Server, get_all: Get
+    many: Callable[[int], list[str]], server: Server, get_all: Get, peak: Peak
 ) -> None:
-    server.latency, most = 0.3, [0]
-
-    def count(_: int) -> None:
-        most[0] = max(most[0], len(server._sockets))
-
-    get_all(many(800), max_workers=120, progress=count)
-    assert most[0] > 100
+    server.latency = 0.3
+    get_all(many(800), max_workers=120, progress=peak)
+    assert peak.most > 100
 
 
 # ==== What goes in ============================================================================

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Get, Publish, Run, new_client
+from conftest import BUCKET, Get, Peak, Publish, Run, new_client
 from server import CLOSE, RESET, STALL, Answer, Request, Server, chunked, pick_range
 from subject import name as subject_name
 from subject import s3c
@@ -867,18 +867,14 @@ def test_a_slow_server_is_asked_on_more_connections(
 
 
 def test_many_slow_downloads_open_no_more_files_than_a_mac_allows(
-    server: Server, publish: Publish, cache: Path
+    server: Server, publish: Publish, cache: Path, peak: Peak
 ) -> None:
     """256: a batch took 16 connections for each object, and so failed."""
-    server.rate, most = 400_000, [0]
+    server.rate = 400_000
     uris = [publish(random(2 * LARGE), key=str(n)) for n in range(32)]
-
-    def count(_: int) -> None:
-        most[0] = max(most[0], len(server._sockets))
-
     options: dict[str, Any] = {"cache_dir": cache, "multipart_threshold_bytes": 256 << 10}
-    s3c.get_local_paths_for_resources(uris, progress=count, **options)
-    assert 64 <= most[0] <= 110
+    s3c.get_local_paths_for_resources(uris, progress=peak, **options)
+    assert 64 <= peak.most <= 110
 
 
 def test_below_the_threshold_there_is_one_connection(

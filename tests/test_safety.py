@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import NOBODY, AsNobody, Publish, Run
+from conftest import NOBODY, AsNobody, Get, Publish, Run
 from server import Server
 from subject import s3c
 
@@ -197,43 +197,34 @@ def test_a_folder_that_became_another_users_is_refused(
 
 
 @pytest.mark.root
-def test_a_colleagues_cache_may_be_read(
-    public: Path, publish: Publish, as_nobody: AsNobody
-) -> None:
+def test_a_colleagues_cache_may_be_read(get_public: Get, as_nobody: AsNobody) -> None:
     """Its parent is not open to everybody: whom to trust is the user's decision."""
-    uri = publish(b"data")
-    get = partial(s3c.get_local_path_for_resource, uri, cache_dir=public)
-    get()
-    assert as_nobody(lambda: get().path.read_bytes()) == b"data"
+    get_public()
+    assert as_nobody(lambda: get_public().path.read_bytes()) == b"data"
 
 
 @pytest.mark.root
 def test_what_a_colleague_lets_nobody_read_is_fetched_for_oneself(
-    public: Path, publish: Publish, as_nobody: AsNobody
+    get_public: Get, as_nobody: AsNobody
 ) -> None:
     """As under umask 077, in shards that whoever had umask 002 made."""
-    uri = publish(b"data")
-    get = partial(s3c.get_local_path_for_resource, uri, cache_dir=public)
-    path = get().path
+    path = get_public().path
     path.chmod(0o400)
     with pytest.raises(s3c.OfflineError):
-        as_nobody(lambda: get(offline=True))
+        as_nobody(lambda: get_public(offline=True))
     path.parent.chmod(0o777)
-    assert as_nobody(lambda: get().path.read_bytes()) == b"data"
-    assert get().status == "revalidated"
+    assert as_nobody(lambda: get_public().path.read_bytes()) == b"data"
+    assert get_public().status == "revalidated"
 
 
 @pytest.mark.root
-def test_who_acts_for_another_user_is_served_what_that_one_may_read(
-    public: Path, publish: Publish
-) -> None:
+def test_who_acts_for_another_user_is_served_what_that_one_may_read(get_public: Get) -> None:
     """As a service does with seteuid."""
-    get = partial(s3c.get_local_path_for_resource, publish(b"data"), cache_dir=public)
-    get().path.chmod(0o400)
+    get_public().path.chmod(0o400)
     os.seteuid(NOBODY)
     try:
         with pytest.raises(s3c.OfflineError):
-            get(offline=True)
+            get_public(offline=True)
     finally:
         os.seteuid(0)
 

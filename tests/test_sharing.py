@@ -705,15 +705,19 @@ print(found.status, seconds, hashlib.sha256(found.path.read_bytes()).hexdigest()
 """
 
 
+def let_go(child: subprocess.Popen[str]) -> None:
+    assert child.stdin is not None
+    child.stdin.write("\n")
+    child.stdin.flush()
+
+
 @pytest.fixture
 def start(spawn: Spawn, cache: Path) -> Callable[..., Any]:
     """`start(uri, env=)`: a process that asks for an object."""
 
     def start(uri: str, env: dict[str, str] | None = None) -> Any:
         child = spawn(CHILD, uri, cache, env=env)
-        assert child.stdin is not None
-        child.stdin.write("\n")
-        child.stdin.flush()
+        let_go(child)
         return child
 
     return start
@@ -729,9 +733,7 @@ def race(spawn: Spawn, cache: Path) -> Callable[..., list[list[str]]]:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
         for child in children:
-            assert child.stdin is not None
-            child.stdin.write("\n")
-            child.stdin.flush()
+            let_go(child)
         return [_outcome(child) for child in children]
 
     return race

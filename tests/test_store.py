@@ -595,14 +595,12 @@ def test_a_miss_in_a_read_only_file_system(server: Server, publish: Publish, mou
 
 @pytest.mark.root
 def test_old_entries_of_another_user_are_hits(
-    publish: Publish, public: Path, as_nobody: AsNobody
+    get_public: Get, public: Path, as_nobody: AsNobody
 ) -> None:
-    uri = publish(b"data")
-    get = partial(s3c.get_local_path_for_resource, uri, cache_dir=public)
-    os.utime(get().path, (1, 1))
+    os.utime(get_public().path, (1, 1))
     before = state(public)
-    assert as_nobody(lambda: get().status) == "revalidated"
-    assert as_nobody(lambda: get(max_age=1e12).status) == "fresh"
+    assert as_nobody(lambda: get_public().status) == "revalidated"
+    assert as_nobody(lambda: get_public(max_age=1e12).status) == "fresh"
     assert state(public) == before
 
 
