@@ -2366,6 +2366,27 @@ class _Signed(_S3):
         self.signed = unsigned is None or version_of is not unsigned
         self.private = self.private or self.signed
 
+    def _refused(self, said: dict[str, Any], operation: str) -> S3CacheError:
+        """Return the error of ours for what S3, or for an operation of theirs STS or SSO, said."""
+        meta = said.get("ResponseMetadata", {})
+        headers = {k.lower(): str(v) for k, v in meta.get("HTTPHeaders", {}).items()}
+        code = str(said.get("Error", {}).get("Code") or "")
+        status = meta.get("HTTPStatusCode") or _digits(code) or _CODE_STATUS.get(code, 0)
+        code = "" if code.isdigit() else code  # botocore's stand-in for an empty body
+        made = self._error(status, headers, b"", code or None)
+        if operation in ("GetObject", "ListObjectsV2"):
+            return made
+        # It says nothing of the object.
+        return (TransferError if isinstance(made, TransferError) else AccessDeniedError)(
+            f"boto3 got no credentials from {operation}",
+            uri=self.uri,
+            status=status,
+            code=made.code,
+            hint=made.hint if code in _EXPIRED_CODES else None,
+            retry=made._retry,
+            retry_after=made._retry_after,
+        )
+
     def translated(self, error: Exception, handled: BaseException | None) -> Exception:
         """Return the error of ours for one of botocore's; NoCredentialsError stays what it is.
 
@@ -2379,25 +2400,7 @@ class _Signed(_S3):
             cause = cause.__context__
         said = getattr(error, "response", None)
         if isinstance(said, dict):
-            meta = said.get("ResponseMetadata", {})
-            headers = {k.lower(): str(v) for k, v in meta.get("HTTPHeaders", {}).items()}
-            code = str(said.get("Error", {}).get("Code") or "")
-            status = meta.get("HTTPStatusCode") or _digits(code) or _CODE_STATUS.get(code, 0)
-            code = "" if code.isdigit() else code  # botocore's stand-in for an empty body
-            made = self._error(status, headers, b"", code or None)
-            operation = str(getattr(error, "operation_name", "GetObject"))
-            if operation in ("GetObject", "ListObjectsV2"):
-                return made
-            # STS or SSO says so, and nothing of the object.
-            return (TransferError if isinstance(made, TransferError) else AccessDeniedError)(
-                f"boto3 got no credentials from {operation}",
-                uri=self.uri,
-                status=status,
-                code=made.code,
-                hint=made.hint if code in _EXPIRED_CODES else None,
-                retry=made._retry,
-                retry_after=made._retry_after,
-            )
+            return self._refused(said, str(getattr(error, "operation_name", "GetObject")))
         name = type(error).__name__
         bases = {cls.__name__ for cls in type(error).__mro__}
         if "NoCredentialsError" in bases:
