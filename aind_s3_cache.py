@@ -176,7 +176,8 @@ _RETRY_BASE = 0.05  # seconds; botocore and S3 guidance: full jitter over base *
 _RETRY_BASE_THROTTLED = 1.0  # seconds; a throttling server needs the pause, a dropped one does not
 _RETRY_CAP = 20.0  # seconds at most for one pause
 _RETRY_TOTAL = 60.0  # seconds since the last progress; a longer Retry-After fails at once
-_RETRY_TOKENS = 500  # per process, 5 a retry, back by object (1) and block (5): ends storms
+_RETRY_TOKENS = 500  # per process; each object that comes gives one back: ends storms
+_RETRY_COST = 5  # tokens of one retry; a block that comes pays for it
 
 _WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
 _WORKER_RATE = 64 * _MiB  # bytes per second; below this per worker, more workers are worth it
@@ -2011,8 +2012,8 @@ class _Quota:
         self.tokens = _RETRY_TOKENS
 
     def take(self) -> bool:
-        enough = self.tokens >= 5
-        self.tokens = max(0, self.tokens - 5)
+        enough = self.tokens >= _RETRY_COST
+        self.tokens = max(0, self.tokens - _RETRY_COST)
         return enough
 
     def give(self, count: int = 1) -> None:
@@ -2767,7 +2768,7 @@ class _Chunks(_Sink):
         self.view[:left] = self.view[size : size + left]
         self._base += size
         if size:
-            _QUOTA.give(5)  # a connection that brings a block may be cut
+            _QUOTA.give(_RETRY_COST)  # a connection that brings a block may be cut
         self._due = time.monotonic() + _LOG_EVERY
 
     def end(self) -> None:
