@@ -60,6 +60,7 @@ class Request(NamedTuple):
     connection: int
     time: float
     scheme: str
+    number: int  # of `server.seen`, from 1
 
 
 class Answer(NamedTuple):
@@ -721,9 +722,10 @@ class Server:
             except UnicodeDecodeError:
                 self._send(sock, method, self._error("InvalidURI", 400))
                 continue
-            now = time.monotonic()
-            request = Request(method, target, path, query, headers, number, now, self._scheme)
-            self.seen.append(request)
+            told = method, target, path, query, headers, number, time.monotonic(), self._scheme
+            with self._lock:
+                request = Request(*told, len(self.seen) + 1)
+                self.seen.append(request)
             self._wait(self.latency)
             answer = self._decide(request)
             if method == "CONNECT" and self.proxy and answer.status == 405:

@@ -133,7 +133,7 @@ def test_a_part_that_fails_is_retried_or_ends_it_all(
 ) -> None:
     data = random(LARGE)
     uri = publish(data)
-    server.before = lambda _: (status,) if len(server.seen) == 3 else None
+    server.before = lambda request: (status,) if request.number == 3 else None
     if status >= 500:
         assert fetch(uri).path.read_bytes() == data
     else:
@@ -336,7 +336,7 @@ def change(server: Server, publish: Publish, at: int, data: bytes) -> None:
     hook = server.before
 
     def before(request: Request) -> Any:
-        if len(server.seen) == at:
+        if request.number == at:
             publish(data, etag='"second-2"')
         return hook(request) if hook else None
 
@@ -564,8 +564,8 @@ def test_304_for_an_entry_that_just_vanished_brings_it_anew(
     path = fetch(uri).path
     server.reset()
 
-    def before(_: Request) -> None:
-        if len(server.seen) == 1:
+    def before(request: Request) -> None:
+        if request.number == 1:
             path.unlink()
 
     server.before = before
@@ -1175,7 +1175,7 @@ def test_a_failed_download_leaves_no_thread_that_still_writes(
     monkeypatch.setattr(s3c, "_RETRIES", 0)
     server.rate = 500_000
     before = threading.active_count() - len(server._threads)
-    server.before = lambda _: (501,) if len(server.seen) == 4 else None
+    server.before = lambda request: (501,) if request.number == 4 else None
     with pytest.raises(s3c.TransferError):
         unsigned(publish(random(LARGE)))
     give_up = time.monotonic() + 2

@@ -416,8 +416,8 @@ def test_a_change_in_mid_download_drops_what_is_there(
 ) -> None:
     uri = publish(DATA)
 
-    def change(_: Any) -> None:
-        if len(server.seen) == 4:
+    def change(request: Any) -> None:
+        if request.number == 4:
             publish(OTHER)
 
     server.before = change
@@ -432,8 +432,8 @@ def test_a_change_that_the_server_does_not_mind_is_seen(
     """If-Match ignored: every answer's ETag is compared."""
     uri, server.ignore_if_match = publish(DATA), True
 
-    def change(_: Any) -> None:
-        if len(server.seen) == 4:
+    def change(request: Any) -> None:
+        if request.number == 4:
             publish(OTHER)
 
     server.before = change
@@ -643,8 +643,8 @@ def test_a_vanished_object_leaves_nothing(
 ) -> None:
     uri = publish(DATA)
 
-    def vanish(_: Any) -> None:
-        if len(server.seen) == 4:
+    def vanish(request: Any) -> None:
+        if request.number == 4:
             server.delete("aind-open-data", "data.json")
 
     server.before = vanish
@@ -700,8 +700,8 @@ def test_a_download_outlives_the_removal_of_its_files(
     """A peer's `clear`, a cleaner of old files: the bytes are fetched again, if need be."""
     uri = publish(DATA)
 
-    def clear(_: Any) -> None:
-        if len(server.seen) == 8:
+    def clear(request: Any) -> None:
+        if request.number == 8:
             s3c.CacheManager(cache).clear()
 
     server.before = clear

@@ -217,13 +217,16 @@ def enter_and_exit(turn: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["leave", "pause", "exit"])
-def test_an_interrupt_at_any_line_of_a_turn_leaves_nobody_waiting(name: str) -> None:
+def test_an_interrupt_at_any_line_of_a_turn_leaves_nobody_waiting(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_TURN_WAIT", 0.1)  # else who waits may go on before it is seen here
     for step in range(50):
         turn = s3c._Turn()
         entered = turn.enter()
         other = threading.Thread(target=enter_and_exit, args=(turn,), daemon=True)
         other.start()
-        while not turn._waiters:
+        while not turn._waiters and other.is_alive():
             time.sleep(0.001)
         work = partial(turn.exit, entered) if name == "exit" else getattr(turn, name)
         interrupted = interrupt_at(step, work, {name, "_give"})
