@@ -176,7 +176,7 @@ _RETRY_BASE = 0.05  # seconds; botocore and S3 guidance: full jitter over base *
 _RETRY_BASE_THROTTLED = 1.0  # seconds; a throttling server needs the pause, a dropped one does not
 _RETRY_CAP = 20.0  # seconds at most for one pause
 _RETRY_TOTAL = 60.0  # seconds since the last progress; a longer Retry-After fails at once
-_RETRY_TOKENS = 500  # per process; each object that comes gives one back: ends storms
+_RETRY_TOKENS = 500  # per process; each object that is had gives one back: ends storms
 _RETRY_COST = 5  # tokens of one retry; a block that comes pays for it
 
 _WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
@@ -5426,6 +5426,7 @@ class _Fetch:
             try:
                 found = self._once()
                 if found:
+                    _QUOTA.give()
                     return found
                 self.held = []  # gone since we looked: ask without a condition
             except _Changed:
@@ -5486,7 +5487,6 @@ class _Fetch:
                 if shared:  # what came of it is thrown away
                     status = "revalidated"
                     self.tally.undo()
-        _QUOTA.give()
         size = _Entry(path).size if answer.total is None else answer.total
         _log(_INFO, "%s %s: %d bytes", status, self.source.uri, size)
         return _result(self.source, path, status, answer.etag, size)
@@ -5647,6 +5647,7 @@ def _list_all(source: _S3, prefix: str, switch: _Stop | None) -> list[_Key]:
             raise TransferError("The listing names keys of elsewhere", uri=source.uri)
         found += [key for key in keys if not (key.key.endswith("/") and key.size == 0)]
         if token is None:
+            _QUOTA.give()
             return found
         empty = 0 if keys else empty + 1
         if token in seen:
