@@ -5024,8 +5024,10 @@ class _Flight:
         with _FLIGHTS_LOCK:
             _pass_on(self._key, seat)
 
-    def _fail(self, error: TransferError) -> None:
-        if self._switch and self._switch.event.is_set():  # that is no failure
+    def fail(self, error: TransferError) -> None:
+        """Let those who wait fail with this thread, once it is about to give up the seat."""
+        stopped = self._switch and self._switch.event.is_set()  # that is no failure
+        if stopped or not self._shares:
             return
         seat = self._seat
         with _FLIGHTS_LOCK:
@@ -5038,8 +5040,8 @@ class _Flight:
 
     def __exit__(self, _: object, error: object, __: object) -> None:
         try:
-            if error and self._shares and isinstance(error, TransferError):
-                self._fail(error)
+            if isinstance(error, TransferError):
+                self.fail(error)
         finally:
             self.release()
 
@@ -5540,7 +5542,7 @@ class _Fetch:
             return next((entry for entry in entries if _is_same(entry, answer)), None)
 
         # Flight and lock may fail to exclude: then two download, and the store is none the worse.
-        flight = _Flight(self.key, self.opt.switch)
+        flight = _Flight(self.key, self.opt.switch, not self.source.signed)
         first = flight.acquire(blocking=self.waited)
         if not first:
             answer.body.close()
@@ -5555,6 +5557,9 @@ class _Fetch:
                 if entry and self.store.confirm(entry.path):
                     return entry.path, True
                 return self._parts(answer, first, lock.held, found)
+        except TransferError as error:
+            flight.fail(error)
+            raise
         finally:
             flight.release()
 
@@ -5929,8 +5934,8 @@ class _Tree:
         owner = _owner(self.source.private)
         head = f"{self.id}_{owner[0]}{_digest(owner, *lines)[:16]}_{len(files):x}_{size:x}_"
         path = os.path.join(self.store.trees, _full_name(head, self.source.name))
-        # Who waits for another thread's finds it whole.
-        with _Flight((self.store.root, self.id), self.opt.switch):
+        # Who waits for another thread's finds it whole, or fails with it as one object's would.
+        with _Flight((self.store.root, self.id), self.opt.switch, not self.source.signed):
             if os.path.isdir(path):
                 _touch(_sidecar(path, "v"))  # nobody prunes it from here on
             if not _is_whole_tree(path, files) and not self.assemble(path, files):

@@ -18,8 +18,8 @@ from types import FrameType
 from typing import Any, Callable
 
 import pytest
-from conftest import Get, Publish, Run, Spawn, blob
-from server import Request, Server
+from conftest import Get, Publish, Run, Spawn, blob, failing
+from server import Answer, Request, Server
 from subject import s3c
 
 MiB = 1 << 20
@@ -90,6 +90,42 @@ def test_threads_that_wait_for_one_whose_server_fails_fail_with_it(
     assert not s3c._FLIGHTS
 
 
+def fail_late(server: Server, when: Callable[[Request], bool]) -> None:
+    """From now on some requests fail, after half a second."""
+
+    def before(request: Request) -> Any:
+        if when(request):
+            time.sleep(0.5)
+            return Answer(500)
+        return None
+
+    server.before = before
+
+
+def test_threads_that_wait_for_a_tree_whose_file_fails_fail_with_it(
+    server: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_RETRIES", 0)
+    tree = publish(b"x", key="tree/x")[:-1]
+    fail_late(server, lambda request: request.path.endswith("/x"))
+    began = time.monotonic()
+    errors = at_once(6, lambda: failing(get, tree))
+    assert {error.uri for error in errors} == {tree + "x"}
+    assert time.monotonic() - began < 2
+
+
+def test_threads_that_wait_for_a_changed_large_object_fail_with_it(
+    server: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3c, "_RETRIES", 0)
+    get(publish(blob(9 * MiB)))
+    uri, server.latency = publish(blob(10 * MiB)), 0.1
+    fail_late(server, lambda request: "if-match" in request.headers)
+    began = time.monotonic()
+    assert len(at_once(6, lambda: failing(get, uri))) == 6
+    assert time.monotonic() - began < 2
+
+
 def test_a_ctrl_c_while_a_failure_is_shared_leaves_nobody_waiting(
     server: Server, publish: Publish, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +133,7 @@ def test_a_ctrl_c_while_a_failure_is_shared_leaves_nobody_waiting(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(s3c, "_RETRIES", 0)
-    monkeypatch.setattr(s3c._Flight, "_fail", interrupted)
+    monkeypatch.setattr(s3c._Flight, "fail", interrupted)
     uri, _ = publish(b"x"), server.always(500)
     with pytest.raises(KeyboardInterrupt):
         get(uri)
