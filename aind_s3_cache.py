@@ -3558,6 +3558,8 @@ def _unmask(error: BaseException) -> None:
 
 def _start_thread(work: Callable[[], None]) -> threading.Thread | None:
     """Start a daemon thread; None where none starts: at exit, out of them, in a subinterpreter."""
+    if sys.is_finalizing():  # before 3.12 it would be waited for, for ever
+        return None
     try:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
