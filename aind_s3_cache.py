@@ -6371,10 +6371,13 @@ def get_local_paths_for_resources(
             _Batch(act, texts, opt, _look_at, max_workers or 0).run()
         else:
             _sendable(options, executor)
+            # A worker may stand elsewhere: what is relative is taken from here.
             if options.get("cache_dir") and not os.fspath(options["cache_dir"]).startswith("~"):
-                options["cache_dir"] = opt.store.cache_dir  # a worker may stand elsewhere
+                options["cache_dir"] = opt.store.cache_dir
             task = partial(_task, options=options, collect=return_exceptions)
-            for text, result in zip(texts, executor.map(task, texts)):
+            results = {text: task(text) for text in texts if _scheme(text) in ("", "file")}
+            asked = [text for text in texts if text not in results]
+            for text, result in zip(asked, executor.map(task, asked)):
                 results[text] = result
                 if isinstance(result, LocalizedResource) and result.status == "downloaded":
                     opt.meter(result.size or 0)
