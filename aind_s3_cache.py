@@ -4981,24 +4981,27 @@ def _pass_on(key: tuple[str, str], seat: _Seat) -> None:
 class _Flight:
     """Lets one thread of this process at a time fetch an object; the thread may enter twice.
 
-    With ``shares`` those who wait fail together with the one they wait for: asked anew for each, a
-    server that stalls would keep the last of them for as many minutes as there are threads.
+    Those who wait fail together with the one they wait for: asked anew for each, a server that
+    stalls would keep the last of them for as many minutes as there are threads. Not where a client
+    of boto3 asks: the next caller's may be set up otherwise.
     """
 
-    def __init__(self, key: tuple[str, str], switch: _Stop | None, shares: bool = False) -> None:
-        self._key, self._switch, self._shares = key, switch, shares
+    def __init__(self, key: tuple[str, str], switch: _Stop | None, source: _Source) -> None:
+        self._key, self._switch, self._shares = key, switch, not source.signed
 
-    def acquire(self, blocking: bool = True) -> bool:
+    def is_free(self) -> bool:
+        """Tell whether no other thread has it just now."""
+        seat = _FLIGHTS.get(self._key)
+        return seat is None or seat.owner in (0, threading.get_ident())
+
+    def __enter__(self) -> None:
         me = threading.get_ident()
         with _FLIGHTS_LOCK:
             self._seat = seat = _FLIGHTS.get(self._key) or _Seat()
             if seat.owner not in (0, me):
-                if not blocking:
-                    return False
                 self._wait(seat, me)
             _FLIGHTS[self._key], seat.owner, seat.depth = seat, me, seat.depth + 1
             seat.error = None
-        return True
 
     def _wait(self, seat: _Seat, me: int) -> None:
         _TURN.leave()
@@ -5017,7 +5020,7 @@ class _Flight:
             raise
         seat.waiting -= 1
 
-    def release(self) -> None:
+    def _release(self) -> None:
         seat = self._seat
         if seat.depth > 1:
             seat.depth -= 1
@@ -5026,8 +5029,7 @@ class _Flight:
         with _FLIGHTS_LOCK:
             _pass_on(self._key, seat)
 
-    def fail(self, error: TransferError) -> None:
-        """Let those who wait fail with this thread, once it is about to give up the seat."""
+    def _fail(self, error: TransferError) -> None:
         stopped = self._switch and self._switch.event.is_set()  # that is no failure
         if stopped or not self._shares:
             return
@@ -5038,14 +5040,12 @@ class _Flight:
                 del _FLIGHTS[self._key]  # whoever comes from here on asks anew
                 seat.changed.notify_all()
 
-    __enter__ = acquire
-
     def __exit__(self, _: object, error: object, __: object) -> None:
         try:
             if isinstance(error, TransferError):
-                self.fail(error)
+                self._fail(error)
         finally:
-            self.release()
+            self._release()
 
 
 def _let_go() -> None:
@@ -5544,26 +5544,19 @@ class _Fetch:
             return next((entry for entry in entries if _is_same(entry, answer)), None)
 
         # Flight and lock may fail to exclude: then two download, and the store is none the worse.
-        flight = _Flight(self.key, self.opt.switch, not self.source.signed)
-        first = flight.acquire(blocking=self.waited)
+        flight = _Flight(self.key, self.opt.switch, self.source)
+        first = self.waited or flight.is_free()
         if not first:
             answer.body.close()
-            flight.acquire()
-        try:
-            with _Lock(self.store, self.ident) as lock:
-                if first and not lock.acquire() and not self.waited:
-                    answer.body.close()
-                    first = False
-                entry = found() if first else lock.await_peer(found, self.opt.switch)
-                self.waited = self.waited or not first
-                if entry and self.store.confirm(entry.path):
-                    return entry.path, True
-                return self._parts(answer, first, lock.held, found)
-        except TransferError as error:
-            flight.fail(error)
-            raise
-        finally:
-            flight.release()
+        with flight, _Lock(self.store, self.ident) as lock:
+            if first and not lock.acquire() and not self.waited:
+                answer.body.close()
+                first = False
+            entry = found() if first else lock.await_peer(found, self.opt.switch)
+            self.waited = self.waited or not first
+            if entry and self.store.confirm(entry.path):
+                return entry.path, True
+            return self._parts(answer, first, lock.held, found)
 
     def _parts(
         self, answer: _Answer, first: bool, alone: bool, found: Callable[[], _Entry | None]
@@ -5936,8 +5929,8 @@ class _Tree:
         owner = _owner(self.source.private)
         head = f"{self.id}_{owner[0]}{_digest(owner, *lines)[:16]}_{len(files):x}_{size:x}_"
         path = os.path.join(self.store.trees, _full_name(head, self.source.name))
-        # Who waits for another thread's finds it whole, or fails with it as one object's would.
-        with _Flight((self.store.root, self.id), self.opt.switch, not self.source.signed):
+        # Who waits for another thread's finds it whole.
+        with _Flight((self.store.root, self.id), self.opt.switch, self.source):
             if os.path.isdir(path):
                 _touch(_sidecar(path, "v"))  # nobody prunes it from here on
             if not _is_whole_tree(path, files) and not self.assemble(path, files):
@@ -6017,7 +6010,7 @@ class _Tree:
             entry = self.entry(key, look)
             if entry:
                 return entry.path
-            with _Flight(look.key, opt.switch):
+            with _Flight(look.key, opt.switch, look.source):
                 entry = self.entry(key, look) if look.renew() else None
                 if entry:  # another tree has fetched it
                     return entry.path
@@ -6068,8 +6061,7 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
     try:
         if fetch.held:
             return fetch.run()
-        # Not where a client of boto3 asks: the next caller's may be set up otherwise.
-        with _Flight(fetch.key, opt.switch, not source.signed):
+        with _Flight(fetch.key, opt.switch, source):
             awaited = store.recently_partial() and store.pulse(fetch.ident) > 0
             if awaited:
                 with _Lock(store, fetch.ident) as lock:

@@ -133,7 +133,7 @@ def test_a_ctrl_c_while_a_failure_is_shared_leaves_nobody_waiting(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(s3c, "_RETRIES", 0)
-    monkeypatch.setattr(s3c._Flight, "fail", interrupted)
+    monkeypatch.setattr(s3c._Flight, "_fail", interrupted)
     uri, _ = publish(b"x"), server.always(500)
     with pytest.raises(KeyboardInterrupt):
         get(uri)
