@@ -5643,11 +5643,11 @@ def _list_all(source: _S3, prefix: str, switch: _Stop | None) -> list[_Key]:
             switch.check()
         page = partial(source.list_page, prefix, token, switch)
         keys, token = _Patience(switch).insist(page)
+        _QUOTA.give()
         if not all(key.key.startswith(prefix) for key in keys):
             raise TransferError("The listing names keys of elsewhere", uri=source.uri)
         found += [key for key in keys if not (key.key.endswith("/") and key.size == 0)]
         if token is None:
-            _QUOTA.give()
             return found
         empty = 0 if keys else empty + 1
         if token in seen:
