@@ -5381,13 +5381,11 @@ class _Fetch:
             self.held = [entry for entry in self.entries if not entry.private]
         self.tally = _SILENT if opt.meter is _SILENT else _Tally(opt.meter)
 
-    def renew(self, awaited: bool = False) -> bool:
-        """Look again if others may have added the object since; False if there is no need."""
+    def renew(self, awaited: bool = False) -> None:
+        """Look again if others may have added the object since."""
         known = _known(self.shard)
-        old = awaited or known is not self.known or self.added != len(known.added)
-        if old:
+        if awaited or known is not self.known or self.added != len(known.added):
             self.held = self.store.find(self.ident, self.source.private)
-        return old
 
     def _first(self, newest: _Entry | None) -> Fields:
         """Return what to ask for first: a range, unless the object is still what we hold."""
@@ -6011,7 +6009,8 @@ class _Tree:
             if entry:
                 return entry.path
             with _Flight(look.key, opt.switch, look.source):
-                entry = self.entry(key, look) if look.renew() else None
+                look.renew()
+                entry = self.entry(key, look)
                 if entry:  # another tree has fetched it
                     return entry.path
                 found = look.run()

@@ -584,7 +584,8 @@ def test_who_asks_plainly_takes_no_answer_to_what_was_asked_ahead(
     look = s3c._Fetch(s3c._HTTP(url, opt.access.env), opt)
     assert look.ask_ahead()
     opt.store.add(look.ident, f"{look.ident}_osold_1_00000000_x", memoryview(b"x"), False)
-    assert look.renew()
+    look.renew()
+    assert look.held
     assert look.run().size == 9 << 20
     look.close()
 
