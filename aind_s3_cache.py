@@ -6310,7 +6310,8 @@ def get_local_paths_for_resources(
         files are not counted.
     executor : concurrent.futures.Executor, optional
         Where to work instead: threads or processes of the standard library,
-        ``dask.distributed.Client.get_executor()``, ``mpi4py.futures``. Its ``map`` is used.
+        ``dask.distributed.Client.get_executor()``, ``mpi4py.futures``. Its ``map`` is used, but for
+        local paths, which are the caller's.
     return_exceptions : bool
         Put errors into the list instead of raising the first one; what `progress` raises ends the
         batch all the same.
