@@ -176,7 +176,7 @@ _RETRY_BASE = 0.05  # seconds; botocore and S3 guidance: full jitter over base *
 _RETRY_BASE_THROTTLED = 1.0  # seconds; a throttling server needs the pause, a dropped one does not
 _RETRY_CAP = 20.0  # seconds at most for one pause
 _RETRY_TOTAL = 60.0  # seconds since the last progress; a longer Retry-After fails at once
-_RETRY_TOKENS = 500  # per process; each object that comes gives one back: ends storms
+_RETRY_TOKENS = 500  # per process; each object that is had gives one back: ends storms
 _RETRY_COST = 5  # tokens of one retry; a block that comes pays for it
 
 _WORKERS_START = 2  # two saturate a fast server; more only fight for the interpreter lock
@@ -2012,9 +2012,10 @@ class _Quota:
         self.tokens = _RETRY_TOKENS
 
     def take(self) -> bool:
-        enough = self.tokens >= _RETRY_COST
-        self.tokens = max(0, self.tokens - _RETRY_COST)
-        return enough
+        if self.tokens < _RETRY_COST:
+            return False
+        self.tokens -= _RETRY_COST  # by two threads at once it may be too much: no harm
+        return True
 
     def give(self, count: int = 1) -> None:
         self.tokens = min(_RETRY_TOKENS, self.tokens + count)
@@ -3558,6 +3559,8 @@ def _unmask(error: BaseException) -> None:
 
 def _start_thread(work: Callable[[], None]) -> threading.Thread | None:
     """Start a daemon thread; None where none starts: at exit, out of them, in a subinterpreter."""
+    if sys.is_finalizing():  # before 3.12 it would be waited for, for ever
+        return None
     try:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
@@ -4979,24 +4982,27 @@ def _pass_on(key: tuple[str, str], seat: _Seat) -> None:
 class _Flight:
     """Lets one thread of this process at a time fetch an object; the thread may enter twice.
 
-    With ``shares`` those who wait fail together with the one they wait for: asked anew for each, a
-    server that stalls would keep the last of them for as many minutes as there are threads.
+    Those who wait fail together with the one they wait for: asked anew for each, a server that
+    stalls would keep the last of them for as many minutes as there are threads. Not where a client
+    of boto3 asks: the next caller's may be set up otherwise.
     """
 
-    def __init__(self, key: tuple[str, str], switch: _Stop | None, shares: bool = False) -> None:
-        self._key, self._switch, self._shares = key, switch, shares
+    def __init__(self, key: tuple[str, str], switch: _Stop | None, source: _Source) -> None:
+        self._key, self._switch, self._shares = key, switch, not source.signed
 
-    def acquire(self, blocking: bool = True) -> bool:
+    def is_free(self) -> bool:
+        """Tell whether no other thread has it just now."""
+        seat = _FLIGHTS.get(self._key)
+        return seat is None or seat.owner in (0, threading.get_ident())
+
+    def __enter__(self) -> None:
         me = threading.get_ident()
         with _FLIGHTS_LOCK:
             self._seat = seat = _FLIGHTS.get(self._key) or _Seat()
             if seat.owner not in (0, me):
-                if not blocking:
-                    return False
                 self._wait(seat, me)
             _FLIGHTS[self._key], seat.owner, seat.depth = seat, me, seat.depth + 1
             seat.error = None
-        return True
 
     def _wait(self, seat: _Seat, me: int) -> None:
         _TURN.leave()
@@ -5015,7 +5021,7 @@ class _Flight:
             raise
         seat.waiting -= 1
 
-    def release(self) -> None:
+    def _release(self) -> None:
         seat = self._seat
         if seat.depth > 1:
             seat.depth -= 1
@@ -5025,7 +5031,8 @@ class _Flight:
             _pass_on(self._key, seat)
 
     def _fail(self, error: TransferError) -> None:
-        if self._switch and self._switch.event.is_set():  # that is no failure
+        stopped = self._switch and self._switch.event.is_set()  # that is no failure
+        if stopped or not self._shares:
             return
         seat = self._seat
         with _FLIGHTS_LOCK:
@@ -5034,14 +5041,12 @@ class _Flight:
                 del _FLIGHTS[self._key]  # whoever comes from here on asks anew
                 seat.changed.notify_all()
 
-    __enter__ = acquire
-
     def __exit__(self, _: object, error: object, __: object) -> None:
         try:
-            if error and self._shares and isinstance(error, TransferError):
+            if isinstance(error, TransferError):
                 self._fail(error)
         finally:
-            self.release()
+            self._release()
 
 
 def _let_go() -> None:
@@ -5377,13 +5382,11 @@ class _Fetch:
             self.held = [entry for entry in self.entries if not entry.private]
         self.tally = _SILENT if opt.meter is _SILENT else _Tally(opt.meter)
 
-    def renew(self, awaited: bool = False) -> bool:
-        """Look again if others may have added the object since; False if there is no need."""
+    def renew(self, awaited: bool = False) -> None:
+        """Look again if others may have added the object since."""
         known = _known(self.shard)
-        old = awaited or known is not self.known or self.added != len(known.added)
-        if old:
+        if awaited or known is not self.known or self.added != len(known.added):
             self.held = self.store.find(self.ident, self.source.private)
-        return old
 
     def _first(self, newest: _Entry | None) -> Fields:
         """Return what to ask for first: a range, unless the object is still what we hold."""
@@ -5426,6 +5429,7 @@ class _Fetch:
             try:
                 found = self._once()
                 if found:
+                    _QUOTA.give()
                     return found
                 self.held = []  # gone since we looked: ask without a condition
             except _Changed:
@@ -5486,7 +5490,6 @@ class _Fetch:
                 if shared:  # what came of it is thrown away
                     status = "revalidated"
                     self.tally.undo()
-        _QUOTA.give()
         size = _Entry(path).size if answer.total is None else answer.total
         _log(_INFO, "%s %s: %d bytes", status, self.source.uri, size)
         return _result(self.source, path, status, answer.etag, size)
@@ -5540,23 +5543,19 @@ class _Fetch:
             return next((entry for entry in entries if _is_same(entry, answer)), None)
 
         # Flight and lock may fail to exclude: then two download, and the store is none the worse.
-        flight = _Flight(self.key, self.opt.switch)
-        first = flight.acquire(blocking=self.waited)
+        flight = _Flight(self.key, self.opt.switch, self.source)
+        first = self.waited or flight.is_free()
         if not first:
             answer.body.close()
-            flight.acquire()
-        try:
-            with _Lock(self.store, self.ident) as lock:
-                if first and not lock.acquire() and not self.waited:
-                    answer.body.close()
-                    first = False
-                entry = found() if first else lock.await_peer(found, self.opt.switch)
-                self.waited = self.waited or not first
-                if entry and self.store.confirm(entry.path):
-                    return entry.path, True
-                return self._parts(answer, first, lock.held, found)
-        finally:
-            flight.release()
+        with flight, _Lock(self.store, self.ident) as lock:
+            if first and not lock.acquire() and not self.waited:
+                answer.body.close()
+                first = False
+            entry = found() if first else lock.await_peer(found, self.opt.switch)
+            self.waited = self.waited or not first
+            if entry and self.store.confirm(entry.path):
+                return entry.path, True
+            return self._parts(answer, first, lock.held, found)
 
     def _parts(
         self, answer: _Answer, first: bool, alone: bool, found: Callable[[], _Entry | None]
@@ -5643,6 +5642,7 @@ def _list_all(source: _S3, prefix: str, switch: _Stop | None) -> list[_Key]:
             switch.check()
         page = partial(source.list_page, prefix, token, switch)
         keys, token = _Patience(switch).insist(page)
+        _QUOTA.give()
         if not all(key.key.startswith(prefix) for key in keys):
             raise TransferError("The listing names keys of elsewhere", uri=source.uri)
         found += [key for key in keys if not (key.key.endswith("/") and key.size == 0)]
@@ -5929,7 +5929,7 @@ class _Tree:
         head = f"{self.id}_{owner[0]}{_digest(owner, *lines)[:16]}_{len(files):x}_{size:x}_"
         path = os.path.join(self.store.trees, _full_name(head, self.source.name))
         # Who waits for another thread's finds it whole.
-        with _Flight((self.store.root, self.id), self.opt.switch):
+        with _Flight((self.store.root, self.id), self.opt.switch, self.source):
             if os.path.isdir(path):
                 _touch(_sidecar(path, "v"))  # nobody prunes it from here on
             if not _is_whole_tree(path, files) and not self.assemble(path, files):
@@ -6009,8 +6009,9 @@ class _Tree:
             entry = self.entry(key, look)
             if entry:
                 return entry.path
-            with _Flight(look.key, opt.switch):
-                entry = self.entry(key, look) if look.renew() else None
+            with _Flight(look.key, opt.switch, look.source):
+                look.renew()
+                entry = self.entry(key, look)
                 if entry:  # another tree has fetched it
                     return entry.path
                 found = look.run()
@@ -6060,8 +6061,7 @@ def _cached(opt: _Options, look: _Fetch | None, source: _Source) -> LocalizedRes
     try:
         if fetch.held:
             return fetch.run()
-        # Not where a client of boto3 asks: the next caller's may be set up otherwise.
-        with _Flight(fetch.key, opt.switch, not source.signed):
+        with _Flight(fetch.key, opt.switch, source):
             awaited = store.recently_partial() and store.pulse(fetch.ident) > 0
             if awaited:
                 with _Lock(store, fetch.ident) as lock:
@@ -6310,7 +6310,8 @@ def get_local_paths_for_resources(
         files are not counted.
     executor : concurrent.futures.Executor, optional
         Where to work instead: threads or processes of the standard library,
-        ``dask.distributed.Client.get_executor()``, ``mpi4py.futures``. Its ``map`` is used.
+        ``dask.distributed.Client.get_executor()``, ``mpi4py.futures``. Its ``map`` is used, but for
+        local paths, which are the caller's.
     return_exceptions : bool
         Put errors into the list instead of raising the first one; what `progress` raises ends the
         batch all the same.
@@ -6363,10 +6364,13 @@ def get_local_paths_for_resources(
             _Batch(act, texts, opt, _look_at, max_workers or 0).run()
         else:
             _sendable(options, executor)
+            # A worker may stand elsewhere: what is relative is taken from here.
             if options.get("cache_dir") and not os.fspath(options["cache_dir"]).startswith("~"):
-                options["cache_dir"] = opt.store.cache_dir  # a worker may stand elsewhere
+                options["cache_dir"] = opt.store.cache_dir
             task = partial(_task, options=options, collect=return_exceptions)
-            for text, result in zip(texts, executor.map(task, texts)):
+            results = {text: task(text) for text in texts if _scheme(text) in ("", "file")}
+            asked = [text for text in texts if text not in results]
+            for text, result in zip(asked, executor.map(task, asked)):
                 results[text] = result
                 if isinstance(result, LocalizedResource) and result.status == "downloaded":
                     opt.meter(result.size or 0)

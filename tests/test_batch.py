@@ -584,7 +584,8 @@ def test_who_asks_plainly_takes_no_answer_to_what_was_asked_ahead(
     look = s3c._Fetch(s3c._HTTP(url, opt.access.env), opt)
     assert look.ask_ahead()
     opt.store.add(look.ident, f"{look.ident}_osold_1_00000000_x", memoryview(b"x"), False)
-    assert look.renew()
+    look.renew()
+    assert look.held
     assert look.run().size == 9 << 20
     look.close()
 
@@ -825,16 +826,30 @@ def test_a_real_client_works_in_threads_and_is_refused_for_processes(
         get_all(uris, executor=pool, s3_client=client)
 
 
-def test_a_relative_cache_dir_means_the_callers_directory(
-    publish: Publish, get_all: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Executor]:
+    """A process that stands in `elsewhere`, and not where we do."""
     monkeypatch.chdir(tmp_path)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, os.chdir, (elsewhere,)) as pool:
-        (result,) = get_all([publish(b"x")], executor=pool, cache_dir="near")
+    with ProcessPoolExecutor(1, get_context("spawn"), os.chdir, (elsewhere,)) as pool:
+        yield pool
+
+
+def test_a_relative_cache_dir_means_the_callers_directory(
+    publish: Publish, get_all: Get, tmp_path: Path, stranger: Executor
+) -> None:
+    (result,) = get_all([publish(b"x")], executor=stranger, cache_dir="near")
     assert tmp_path / "near" in result.path.parents
+
+
+def test_a_relative_path_means_the_callers_file(
+    publish: Publish, get_all: Get, tmp_path: Path, stranger: Executor
+) -> None:
+    for name in ("here.txt", "elsewhere/here.txt"):
+        (tmp_path / name).write_text(name)
+    results = get_all(["here.txt", publish(b"x")], executor=stranger)
+    assert [one.path.read_text() for one in results] == ["here.txt", "x"]
 
 
 def test_an_executor_that_lost_its_processes_says_so(publish: Publish, get_all: Get) -> None:

@@ -354,6 +354,9 @@ class Late:
         except BaseException as error: write(1, b"failed " + type(error).__name__.encode())
 late = Late()
 """
+DEL_MANY = DEL.replace("path_for_resource", "paths_for_resources").replace(
+    "get(args[1], cache_dir=args[2])", "get(args[1:2], cache_dir=args[2])[0]"
+)
 LATE_THREAD = """
 import SUBJECT as s3c, sys, threading, time
 def late():
@@ -379,11 +382,12 @@ def test_a_call_at_the_end_returns(
     assert (done.stdout, done.stderr) == ("downloaded\n", "")
 
 
+@pytest.mark.parametrize("code", [DEL, DEL_MANY], ids=["one", "a batch"])
 def test_a_call_in_a_finalizer_returns_or_fails(
-    publish: Publish, run_python: Run, cache: Path
+    code: str, publish: Publish, run_python: Run, cache: Path
 ) -> None:
     for size in (10, 20 * MiB):
-        done = run_python(DEL, publish(blob(size)), cache, timeout=15)
+        done = run_python(code, publish(blob(size)), cache, timeout=15)
         assert done.stdout.startswith(("downloaded", "failed")), done.stderr
 
 

@@ -652,6 +652,19 @@ def test_a_process_whose_every_request_fails_stops_retrying(
     assert len(server.seen) == 50 + s3c._RETRY_TOKENS // 5
 
 
+@pytest.mark.parametrize("key", ["d/a", "d/"], ids=["object", "tree"])
+def test_what_is_unchanged_gives_a_retry_back(
+    key: str, server: Server, publish: Publish, get: Get, quick: None
+) -> None:
+    uri = publish({}, "d/a")[:-3] + key
+    get(uri)
+    s3c._QUOTA.tokens = 0  # as an outage leaves it
+    for _ in range(s3c._RETRY_COST):
+        assert get(uri).from_cache
+    server.say(503)
+    assert get(uri).status == "revalidated"
+
+
 @pytest.mark.parametrize("again", [(503,), (500,)], ids=str)
 @pytest.mark.usefixtures("quick")
 def test_a_resume_that_cannot_be_opened_has_the_same_budget(

@@ -446,6 +446,14 @@ def test_all_transfers_share_a_budget_of_retries(clock: Clock) -> None:
     assert retried == s3c._RETRY_TOKENS / 5
 
 
+def test_a_retry_that_is_refused_costs_nothing(patience: Any) -> None:
+    """Broken variant: a server that fails one request in four is never asked again."""
+    s3c._QUOTA.tokens = s3c._RETRY_COST - 1
+    with pytest.raises(s3c.TransferError):
+        patience.after(failing("soon"))
+    assert s3c._QUOTA.tokens == s3c._RETRY_COST - 1
+
+
 RETRIED: list[tuple[int, str | None]] = [
     (status, None) for status in (408, 429, 500, 502, 503, 504)
 ]
