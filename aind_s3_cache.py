@@ -4343,7 +4343,10 @@ def _unreadable(error: OSError, uri: str) -> Exception:
 
 def _abspath(path: str) -> str:
     """Return an absolute path: behind a link, ".." leads elsewhere than os.path.abspath says."""
-    return os.path.realpath(path) if ".." in path else os.path.abspath(path)
+    above, dots, below = f"{path}/".rpartition("../")
+    if dots:  # what stands behind the last of them may be a link, and stays one
+        path = os.path.join(os.path.realpath(above + dots), below.lstrip("/"))
+    return os.path.abspath(path)
 
 
 def _local_path(text: str) -> str:
