@@ -6519,8 +6519,8 @@ class CacheManager:
         for name, limit in (("max_age_days", max_age_days), ("max_size_bytes", max_size_bytes)):
             if limit is not None:
                 _require(name, limit, "__float__", "a number")
-                if limit < 0:
-                    raise ValueError(f"{name} must not be negative")
+                if not limit >= 0:  # nan, too
+                    raise ValueError(f"{name} must be at least 0")
         age = None if max_age_days is None else float(max_age_days) * 86400.0
         return self._keeper.prune(age, max_size_bytes, dry_run)
 

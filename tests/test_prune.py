@@ -325,10 +325,11 @@ def test_what_was_used_within_the_hour_stays_though_its_stamp_is_older(
     assert path.exists()
 
 
-@pytest.mark.parametrize("limits", [{"max_age_days": -1}, {"max_size_bytes": -1}])
-def test_negative_limits_are_refused(limits: dict[str, int], manager: Any) -> None:
-    with pytest.raises(ValueError, match="negative"):
-        manager.prune(**limits)
+@pytest.mark.parametrize("name", ["max_age_days", "max_size_bytes"])
+@pytest.mark.parametrize("limit", [-1, float("nan")])
+def test_limits_below_zero_are_refused(name: str, limit: float, manager: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 0"):
+        manager.prune(**{name: limit})
 
 
 @pytest.mark.parametrize("name", ["max_age_days", "max_size_bytes"])
