@@ -4277,18 +4277,20 @@ class _Keeper(_Store):
     def verify(self) -> list[CacheEntry]:
         """Remove, and return, objects whose bytes are not what they were, and their trees."""
         units = self._units()
-        trees = [unit for unit in units if unit.entry.kind == "tree"]
+        trees = {unit.entry.path: unit for unit in units if unit.entry.kind == "tree"}
 
         def check(unit: _Unit) -> list[CacheEntry]:
             path, bad = unit.entry.path, []
             with _Disk(path):
                 if unit.entry.kind != "object" or not _is_damaged(_Entry(path)):
                     return []
-                # Trees first: when it is gone nothing tells any more that their bytes are bad.
-                for tree in trees:
+                # Trees first: when it is gone nothing tells any more that their bytes are bad. Also
+                # those made of it meanwhile, for it may take hours to read all.
+                for top in filter(_is_tree, _list(self.trees, self._errors)):
+                    tree = trees.get(top) or trees.setdefault(top, self._tree(top))
                     if not tree.inodes.keys().isdisjoint(unit.inodes):
-                        error = _remove_tree(tree.entry.path)
-                        if error and os.path.lexists(tree.entry.path):
+                        error = _remove_tree(top)
+                        if error and os.path.lexists(top):
                             raise error
                         bad.append(tree.entry)
                 try:
@@ -4297,7 +4299,7 @@ class _Keeper(_Store):
                     pass
             return [*bad, unit.entry]
 
-        bad = list(dict.fromkeys(self._from_each(units, check)))
+        bad = self._from_each(units, check)
         self._settle()
         return bad
 

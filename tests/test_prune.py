@@ -528,6 +528,22 @@ def test_verify_finds_a_truncated_entry(hold: Any, manager: Any) -> None:
     assert not path.exists()
 
 
+def test_verify_removes_a_tree_that_is_made_of_damaged_bytes_meanwhile(
+    publish: Publish, get: Get, manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, check = get(publish(b"data", key="t/k")).path, s3c._is_damaged
+    path.chmod(0o644)
+    path.write_bytes(b"dead")
+
+    def read_slowly(entry: Any) -> Any:
+        get("s3://aind-open-data/t/")
+        return check(entry)
+
+    monkeypatch.setattr(s3c, "_is_damaged", read_slowly)
+    assert names(manager.verify()) == ["t", "k"]
+    assert (get("s3://aind-open-data/t/").path / "k").read_bytes() == b"data"
+
+
 def test_verify_takes_no_step_on_an_empty_object(publish: Publish, get: Get, manager: Any) -> None:
     assert get(publish(b"")).size == 0
     assert manager.verify() == []
