@@ -4412,7 +4412,8 @@ def _cache_dir(cache_dir: StrPath | None) -> str:
     if _scheme(text) or "\0" in text:
         name = "cache_dir" if cache_dir else "AIND_S3_CACHE_DIR"
         raise ValueError(f"{name} must be a directory, not '{_redact(text)}'")
-    return _abspath(os.path.expanduser(text)) if text else _default_cache_dir()
+    with _Disk(text):  # a relative one in a working directory that is gone
+        return _abspath(os.path.expanduser(text)) if text else _default_cache_dir()
 
 
 @lru_cache(maxsize=256)
