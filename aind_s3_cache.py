@@ -5723,8 +5723,10 @@ class _Batch:
         opt: _Options,
         look: Callable[[Any, _Options], _Fetch | None],
         limit: int = 0,
+        beat: Callable[[], object] = int,
     ) -> None:
         self._act, self._items, self._opt, self._look = act, iter(items), opt, look
+        self._beat = beat  # called now and then as long as the work lasts
         self._switch, self._limit = _Stop(opt.switch), limit or _BATCH_LIMIT
         self._lock = threading.Lock()
         self._begun: list[tuple[Any, _Fetch | None]] = []
@@ -5746,6 +5748,7 @@ class _Batch:
         now = time.monotonic()
         if now - self._grown < _BATCH_EVERY:
             return 0
+        self._beat()
         used = _CPU.total
         busy = (used - self._cpu) / (now - self._grown)
         self._grown, self._cpu = now, used
@@ -5990,7 +5993,9 @@ class _Tree:
                 look = None  # pruned between the look and the link
             raise CacheError("An entry disappears while it is linked", uri=self.source.uri)
 
-        _Batch(bring, files.items(), self.opt, self.look).run()
+        # One file may take longer than the grace: a peer's prune is to see that we live.
+        beat = partial(self.store.confirm, aside)
+        _Batch(bring, files.items(), self.opt, self.look, beat=beat).run()
 
     def entry(self, key: _Key, look: _Fetch) -> _Entry | None:
         """Return the entry that a line of the listing describes."""

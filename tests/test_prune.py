@@ -762,6 +762,24 @@ def test_prune_sweeps_what_crashes_left(hold: Any, manager: Any) -> None:
     young.unlink()
 
 
+def test_a_tree_stays_that_is_made_of_a_file_for_longer_than_the_grace(
+    publish: Publish, get: Get, manager: Any, cache: Path
+) -> None:
+    publish(b"k" * 9 * MiB, key="t/k")
+    left: list[bool] = []
+
+    def hours_later(_: int) -> None:
+        if not left:
+            (made,) = (cache / "aind-s3-cache" / "trees").glob(".t*")
+            os.utime(made, (1, 1))
+            time.sleep(1)
+            manager.prune()
+            left.append(made.exists())
+
+    tree = get("s3://aind-open-data/t/", progress=hours_later)
+    assert ((tree.path / "k").stat().st_size, left) == (9 * MiB, [True])
+
+
 def test_an_entry_that_is_pruned_as_it_is_served_is_fetched_again(
     hold: Any, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
