@@ -2947,6 +2947,7 @@ _NAME_LIMIT = 240  # bytes of a file name: 255 less what our stamps put before i
 _NEW = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _NEW |= getattr(os, "O_BINARY", 0)
 _FINAL = 0o444 if os.name == "posix" else 0o600  # Windows neither removes nor replaces read-only
+_FULL = errno.ENOSPC, getattr(errno, "EDQUOT", -1)
 
 
 def _free(path: str) -> int | None:
@@ -2967,7 +2968,7 @@ def _disk_error(error: OSError, path: str, need: int = 0) -> CacheError:
     where = error.filename if named else path
     number = error.errno or errno.EIO
     hint = ""
-    if number in (errno.ENOSPC, getattr(errno, "EDQUOT", -1), errno.EFBIG):
+    if number in (*_FULL, errno.EFBIG):
         free = _free(path)
         hint = f"Needed: {_human(need)}" if need else "The disk or quota is full"
         hint += f", free: {_human(free)}" if free is not None else ""
@@ -4060,7 +4061,7 @@ def _put_aside(path: str) -> str:
     try:
         os.rename(path, aside)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.ENOSPC, getattr(errno, "EDQUOT", -1)):
+        if error.errno not in (errno.EXDEV, *_FULL):
             raise
         return path
     return aside
@@ -5597,8 +5598,15 @@ class _Fetch:
             vain = _Changed, _AskPlainly, NotFoundError, IntegrityError, CacheError
             if isinstance(error, vain) or 2 not in file.state:
                 _drop_partial(file.path)
-            if isinstance(error, CacheError) and error.errno == errno.ESTALE:
-                raise _Changed from None  # NFS: a faster peer on another host removed our file
+            if isinstance(error, CacheError):
+                stale = error.errno == errno.ESTALE  # NFS: a faster peer on another host removed it
+                # Rather from the first byte than not at all: what the dead left takes the room for
+                # our copy of it, which of a quota nobody could tell before.
+                narrow = error.errno in _FULL and alone and bool(self.store.partials(file.key))
+                if narrow:
+                    self.store.drop_partials(file.key)
+                if stale or narrow:
+                    raise _Changed from None
             raise
         finally:
             for behind in hashes:
