@@ -6742,7 +6742,7 @@ def _do_ls(args: Any) -> int:
 def _show_gone(entries: list[CacheEntry], args: Any, verb: str) -> None:
     for entry in entries:
         print(_json_line(_record(entry)) if args.json else entry.path)
-    total = _human(sum(entry.size for entry in entries))
+    total = _human(sum(entry.size for entry in entries if entry.kind != "tree"))  # links
     _say(f"{verb} {len(entries)} entries, {total}")
 
 
