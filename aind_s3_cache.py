@@ -4282,12 +4282,16 @@ class _Keeper(_Store):
 
         def check(unit: _Unit) -> list[CacheEntry]:
             path, bad = unit.entry.path, []
+            errors: list[OSError] = []
             with _Disk(path):
                 if unit.entry.kind != "object" or not _is_damaged(_Entry(path)):
                     return []
                 # Trees first: when it is gone nothing tells any more that their bytes are bad. Also
                 # those made of it meanwhile, for it may take hours to read all.
-                for top in filter(_is_tree, _list(self.trees, self._errors)):
+                tops = _list(self.trees, errors)
+                if errors:
+                    raise errors[0]
+                for top in filter(_is_tree, tops):
                     tree = trees.get(top) or trees.setdefault(top, self._tree(top))
                     if not tree.inodes.keys().isdisjoint(unit.inodes):
                         error = _remove_tree(top)

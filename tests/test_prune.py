@@ -559,6 +559,21 @@ def test_verify_leaves_what_it_may_not_read(server: Server, public: Path, as_nob
     assert path.read_bytes() == b"data"
 
 
+@pytest.mark.root
+def test_verify_leaves_what_trees_that_it_may_not_look_at_may_hold(
+    publish: Publish, public: Path, as_nobody: Any
+) -> None:
+    localize = partial(s3c.get_local_path_for_resource, cache_dir=public)
+    path, tree = localize(publish(b"data", key="t/k")).path, localize("s3://aind-open-data/t/").path
+    path.chmod(0o644)
+    path.write_bytes(b"dead")
+    path.parent.chmod(0o777)
+    tree.parent.chmod(0o700)
+    with pytest.raises(s3c.CacheError, match="trees: Permission denied"):
+        as_nobody(s3c.CacheManager(public).verify)
+    assert names(s3c.CacheManager(public).verify()) == ["t", "k"]
+
+
 REFUSES = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
