@@ -4174,7 +4174,9 @@ class _Keeper(_Store):
         objects = [
             unit for shard in _list(self.objects, self._errors) for unit in self._shard(shard)
         ]
-        trees = [self._tree(path) for path in _list(self.trees, self._errors) if _is_tree(path)]
+        # Another user's private tree can only be put aside, and stays there.
+        tops = [p for p in _list(self.trees, self._errors) if _is_tree(p) and _may(p, os.R_OK)]
+        trees = [self._tree(path) for path in tops]
         return objects + trees + [self._part(path) for path in self.partials("")]
 
     def _shard(self, shard: str) -> list[_Unit]:

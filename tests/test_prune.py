@@ -708,6 +708,21 @@ def test_prune_does_not_tell_of_a_tree_that_stayed(
         as_nobody(lambda: s3c.CacheManager(public).prune(1))
 
 
+@pytest.mark.root
+def test_prune_leaves_a_tree_that_it_may_not_look_into(
+    server: Server, publish: Publish, public: Path, as_nobody: Any, monkeypatch: Any
+) -> None:
+    """Of a group's cache: a colleague's private one, which nobody else could remove."""
+    publish(b"data", key="t/k")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url.replace("://", "://user:password@"))
+    tree = s3c.get_local_path_for_resource("s3://aind-open-data/t/", cache_dir=public).path
+    for path in (*public.rglob("*"), tree):
+        os.utime(path, (1, 1))
+        path.chmod(0o777 if path.is_dir() and tree not in (path, *path.parents) else 0o700)
+    gone = as_nobody(partial(s3c.CacheManager(public).prune, max_age_days=1))
+    assert (names(gone), (tree / "k").read_bytes()) == (["k"], b"data")
+
+
 def test_clear_leaves_what_is_not_ours(hold: Any, manager: Any, cache: Path) -> None:
     shard = hold("k").parent
     root = cache / "aind-s3-cache"
