@@ -3792,12 +3792,18 @@ class _Partial:
         self.shared = bool(others)
         for path in others:
             copied += self._adopt_from(path)
-            # On the file system's own clock: hosts may differ by more.
-            with _Disk(self.path + ".log"):
-                idle = os.fstat(self.log).st_mtime - _newest(path + ".log", path + ".data")
-            if self._alone and idle > _DEAD:
-                _drop_partial(path)
+            self.bury(path)
         return copied
+
+    def bury(self, path: str) -> bool:
+        """Remove a partial file that has long stood still, if we have the lock; tell whether."""
+        # On the file system's own clock: hosts may differ by more.
+        with _Disk(self.path + ".log"):
+            idle = os.fstat(self.log).st_mtime - _newest(path + ".log", path + ".data")
+        dead = self._alone and idle > _DEAD
+        if dead:
+            _drop_partial(path)
+        return dead
 
     def _copy(self, file: BinaryIO, index: int, crc: bytes) -> int:
         """Copy a free chunk if its checksum is right; whatever goes wrong, it is free again."""
@@ -5608,10 +5614,9 @@ class _Fetch:
                 stale = error.errno == errno.ESTALE  # NFS: a faster peer on another host removed it
                 # Rather from the first byte than not at all: what the dead left takes the room for
                 # our copy of it, which of a quota nobody could tell before.
-                narrow = error.errno in _FULL and alone and bool(self.store.partials(file.key))
-                if narrow:
-                    self.store.drop_partials(file.key)
-                if stale or narrow:
+                others = self.store.partials(file.key) if error.errno in _FULL else []
+                buried = sum(map(file.bury, others))
+                if stale or buried:
                     raise _Changed from None
             raise
         finally:
