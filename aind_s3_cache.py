@@ -2948,6 +2948,7 @@ _NAME_LIMIT = 240  # bytes of a file name: 255 less what our stamps put before i
 _NEW = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _NEW |= getattr(os, "O_BINARY", 0)
 _FINAL = 0o444 if os.name == "posix" else 0o600  # Windows neither removes nor replaces read-only
+_FULL = errno.ENOSPC, getattr(errno, "EDQUOT", -1)
 
 
 def _free(path: str) -> int | None:
@@ -2968,7 +2969,7 @@ def _disk_error(error: OSError, path: str, need: int = 0) -> CacheError:
     where = error.filename if named else path
     number = error.errno or errno.EIO
     hint = ""
-    if number in (errno.ENOSPC, getattr(errno, "EDQUOT", -1), errno.EFBIG):
+    if number in (*_FULL, errno.EFBIG):
         free = _free(path)
         hint = f"Needed: {_human(need)}" if need else "The disk or quota is full"
         hint += f", free: {_human(free)}" if free is not None else ""
@@ -3794,12 +3795,18 @@ class _Partial:
         self.shared = bool(others)
         for path in others:
             copied += self._adopt_from(path)
-            # On the file system's own clock: hosts may differ by more.
-            with _Disk(self.path + ".log"):
-                idle = os.fstat(self.log).st_mtime - _newest(path + ".log", path + ".data")
-            if self._alone and idle > _DEAD:
-                _drop_partial(path)
+            self.bury(path)
         return copied
+
+    def bury(self, path: str) -> bool:
+        """Remove a partial file that has long stood still, if we have the lock; tell whether."""
+        # On the file system's own clock: hosts may differ by more.
+        with _Disk(self.path + ".log"):
+            idle = os.fstat(self.log).st_mtime - _newest(path + ".log", path + ".data")
+        dead = self._alone and idle > _DEAD
+        if dead:
+            _drop_partial(path)
+        return dead
 
     def _copy(self, file: BinaryIO, index: int, crc: bytes) -> int:
         """Copy a free chunk if its checksum is right; whatever goes wrong, it is free again."""
@@ -4063,7 +4070,7 @@ def _put_aside(path: str) -> str:
     try:
         os.rename(path, aside)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.ENOSPC, getattr(errno, "EDQUOT", -1)):
+        if error.errno not in (errno.EXDEV, *_FULL):
             raise
         return path
     return aside
@@ -4176,7 +4183,9 @@ class _Keeper(_Store):
         objects = [
             unit for shard in _list(self.objects, self._errors) for unit in self._shard(shard)
         ]
-        trees = [self._tree(path) for path in _list(self.trees, self._errors) if _is_tree(path)]
+        # Another user's private tree can only be put aside, and stays there.
+        tops = [p for p in _list(self.trees, self._errors) if _is_tree(p) and _may(p, os.R_OK)]
+        trees = [self._tree(path) for path in tops]
         return objects + trees + [self._part(path) for path in self.partials("")]
 
     def _shard(self, shard: str) -> list[_Unit]:
@@ -4280,18 +4289,24 @@ class _Keeper(_Store):
     def verify(self) -> list[CacheEntry]:
         """Remove, and return, objects whose bytes are not what they were, and their trees."""
         units = self._units()
-        trees = [unit for unit in units if unit.entry.kind == "tree"]
+        trees = {unit.entry.path: unit for unit in units if unit.entry.kind == "tree"}
 
         def check(unit: _Unit) -> list[CacheEntry]:
             path, bad = unit.entry.path, []
+            errors: list[OSError] = []
             with _Disk(path):
                 if unit.entry.kind != "object" or not _is_damaged(_Entry(path)):
                     return []
-                # Trees first: when it is gone nothing tells any more that their bytes are bad.
-                for tree in trees:
+                # Trees first: when it is gone nothing tells any more that their bytes are bad. Also
+                # those made of it meanwhile, for it may take hours to read all.
+                tops = _list(self.trees, errors)
+                if errors:
+                    raise errors[0]
+                for top in filter(_is_tree, tops):
+                    tree = trees.get(top) or trees.setdefault(top, self._tree(top))
                     if not tree.inodes.keys().isdisjoint(unit.inodes):
-                        error = _remove_tree(tree.entry.path)
-                        if error and os.path.lexists(tree.entry.path):
+                        error = _remove_tree(top)
+                        if error and os.path.lexists(top):
                             raise error
                         bad.append(tree.entry)
                 try:
@@ -4300,7 +4315,7 @@ class _Keeper(_Store):
                     pass
             return [*bad, unit.entry]
 
-        bad = list(dict.fromkeys(self._from_each(units, check)))
+        bad = self._from_each(units, check)
         self._settle()
         return bad
 
@@ -4346,7 +4361,10 @@ def _unreadable(error: OSError, uri: str) -> Exception:
 
 def _abspath(path: str) -> str:
     """Return an absolute path: behind a link, ".." leads elsewhere than os.path.abspath says."""
-    return os.path.realpath(path) if ".." in path else os.path.abspath(path)
+    above, dots, below = f"{path}/".rpartition("../")
+    if dots:  # what stands behind the last of them may be a link, and stays one
+        path = os.path.join(os.path.realpath(above + dots), below.lstrip("/"))
+    return os.path.abspath(path)
 
 
 def _local_path(text: str) -> str:
@@ -4410,7 +4428,8 @@ def _cache_dir(cache_dir: StrPath | None) -> str:
     if _scheme(text) or "\0" in text:
         name = "cache_dir" if cache_dir else "AIND_S3_CACHE_DIR"
         raise ValueError(f"{name} must be a directory, not '{_redact(text)}'")
-    return _abspath(os.path.expanduser(text)) if text else _default_cache_dir()
+    with _Disk(text):  # a relative one in a working directory that is gone
+        return _abspath(os.path.expanduser(text)) if text else _default_cache_dir()
 
 
 @lru_cache(maxsize=256)
@@ -5590,8 +5609,14 @@ class _Fetch:
             vain = _Changed, _AskPlainly, NotFoundError, IntegrityError, CacheError
             if isinstance(error, vain) or 2 not in file.state:
                 _drop_partial(file.path)
-            if isinstance(error, CacheError) and error.errno == errno.ESTALE:
-                raise _Changed from None  # NFS: a faster peer on another host removed our file
+            if isinstance(error, CacheError):
+                stale = error.errno == errno.ESTALE  # NFS: a faster peer on another host removed it
+                # Rather from the first byte than not at all: what the dead left takes the room for
+                # our copy of it, which of a quota nobody could tell before.
+                others = self.store.partials(file.key) if error.errno in _FULL else []
+                buried = sum(map(file.bury, others))
+                if stale or buried:
+                    raise _Changed from None
             raise
         finally:
             for behind in hashes:
@@ -5717,8 +5742,10 @@ class _Batch:
         opt: _Options,
         look: Callable[[Any, _Options], _Fetch | None],
         limit: int = 0,
+        beat: Callable[[], object] = int,
     ) -> None:
         self._act, self._items, self._opt, self._look = act, iter(items), opt, look
+        self._beat = beat  # called now and then as long as the work lasts
         self._switch, self._limit = _Stop(opt.switch), limit or _BATCH_LIMIT
         self._lock = threading.Lock()
         self._begun: list[tuple[Any, _Fetch | None]] = []
@@ -5740,6 +5767,7 @@ class _Batch:
         now = time.monotonic()
         if now - self._grown < _BATCH_EVERY:
             return 0
+        self._beat()
         used = _CPU.total
         busy = (used - self._cpu) / (now - self._grown)
         self._grown, self._cpu = now, used
@@ -5984,7 +6012,9 @@ class _Tree:
                 look = None  # pruned between the look and the link
             raise CacheError("An entry disappears while it is linked", uri=self.source.uri)
 
-        _Batch(bring, files.items(), self.opt, self.look).run()
+        # One file may take longer than the grace: a peer's prune is to see that we live.
+        beat = partial(self.store.confirm, aside)
+        _Batch(bring, files.items(), self.opt, self.look, beat=beat).run()
 
     def entry(self, key: _Key, look: _Fetch) -> _Entry | None:
         """Return the entry that a line of the listing describes."""
@@ -6520,8 +6550,8 @@ class CacheManager:
         for name, limit in (("max_age_days", max_age_days), ("max_size_bytes", max_size_bytes)):
             if limit is not None:
                 _require(name, limit, "__float__", "a number")
-                if limit < 0:
-                    raise ValueError(f"{name} must not be negative")
+                if not limit >= 0:  # nan, too
+                    raise ValueError(f"{name} must be at least 0")
         age = None if max_age_days is None else float(max_age_days) * 86400.0
         return self._keeper.prune(age, max_size_bytes, dry_run)
 
@@ -6727,7 +6757,7 @@ def _do_ls(args: Any) -> int:
 def _show_gone(entries: list[CacheEntry], args: Any, verb: str) -> None:
     for entry in entries:
         print(_json_line(_record(entry)) if args.json else entry.path)
-    total = _human(sum(entry.size for entry in entries))
+    total = _human(sum(entry.size for entry in entries if entry.kind != "tree"))  # links
     _say(f"{verb} {len(entries)} entries, {total}")
 
 

@@ -384,6 +384,18 @@ def test_prune_goes_by_age_and_size(
     assert f"{gone} entr" in said.err
 
 
+def test_the_links_of_a_tree_are_not_counted_as_freed(
+    aged: list[str], publish: Publish, cache: Path, run: Callable[..., Said]
+) -> None:
+    publish(bytes(1000), "tree/d")
+    (tree,) = run("get", "--cache-dir", cache, "s3://aind-open-data/tree/").lines
+    for path in [*files_below(cache), Path(tree)]:
+        os.utime(path, (1, 1))
+    said = run("prune", "--cache-dir", cache, "--max-age", "30d")
+    assert (len(said.lines), os.path.exists(tree)) == (5, False)
+    assert "removed 5 entries, 4.0 kB" in said.err
+
+
 def test_prune_can_be_tried(aged: list[str], cache: Path, run: Callable[..., Said]) -> None:
     said = run("prune", "--cache-dir", cache, "--max-age", "30d", "--dry-run", "--json")
     assert [record["path"] for record in said.records] == aged[:1]

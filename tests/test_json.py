@@ -131,6 +131,20 @@ def test_dots_behind_a_symbolic_link_lead_where_open_finds_them(
         assert found == (tmp_path / "far" / "a.json").resolve()
 
 
+def test_a_link_behind_dots_comes_back_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of git-annex, DVC or a Hub's cache, where the name of what it leads to has no ending."""
+    (tmp_path / "blob").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "a..json").symlink_to(tmp_path / "blob")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    for path in ("../a..json", "..//a..json", tmp_path / "a..json", "../notebooks/../a..json"):
+        found = s3c.get_local_path_for_resource(path).path
+        assert found == tmp_path.resolve() / "a..json"
+        assert s3c.get_json(found) == DOCUMENT
+
+
 def test_a_localized_resource_is_a_file_too(server: Server, publish: Publish, cache: Path) -> None:
     result = s3c.get_local_path_for_resource(publish(DOCUMENT), cache_dir=cache)
     server.reset()

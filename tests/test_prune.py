@@ -325,10 +325,11 @@ def test_what_was_used_within_the_hour_stays_though_its_stamp_is_older(
     assert path.exists()
 
 
-@pytest.mark.parametrize("limits", [{"max_age_days": -1}, {"max_size_bytes": -1}])
-def test_negative_limits_are_refused(limits: dict[str, int], manager: Any) -> None:
-    with pytest.raises(ValueError, match="negative"):
-        manager.prune(**limits)
+@pytest.mark.parametrize("name", ["max_age_days", "max_size_bytes"])
+@pytest.mark.parametrize("limit", [-1, float("nan")])
+def test_limits_below_zero_are_refused(name: str, limit: float, manager: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 0"):
+        manager.prune(**{name: limit})
 
 
 @pytest.mark.parametrize("name", ["max_age_days", "max_size_bytes"])
@@ -527,6 +528,22 @@ def test_verify_finds_a_truncated_entry(hold: Any, manager: Any) -> None:
     assert not path.exists()
 
 
+def test_verify_removes_a_tree_that_is_made_of_damaged_bytes_meanwhile(
+    publish: Publish, get: Get, manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, check = get(publish(b"data", key="t/k")).path, s3c._is_damaged
+    path.chmod(0o644)
+    path.write_bytes(b"dead")
+
+    def read_slowly(entry: Any) -> Any:
+        get("s3://aind-open-data/t/")
+        return check(entry)
+
+    monkeypatch.setattr(s3c, "_is_damaged", read_slowly)
+    assert names(manager.verify()) == ["t", "k"]
+    assert (get("s3://aind-open-data/t/").path / "k").read_bytes() == b"data"
+
+
 def test_verify_takes_no_step_on_an_empty_object(publish: Publish, get: Get, manager: Any) -> None:
     assert get(publish(b"")).size == 0
     assert manager.verify() == []
@@ -540,6 +557,21 @@ def test_verify_leaves_what_it_may_not_read(server: Server, public: Path, as_nob
     path.parent.chmod(0o777)
     assert as_nobody(s3c.CacheManager(public).verify) == []
     assert path.read_bytes() == b"data"
+
+
+@pytest.mark.root
+def test_verify_leaves_what_trees_that_it_may_not_look_at_may_hold(
+    publish: Publish, public: Path, as_nobody: Any
+) -> None:
+    localize = partial(s3c.get_local_path_for_resource, cache_dir=public)
+    path, tree = localize(publish(b"data", key="t/k")).path, localize("s3://aind-open-data/t/").path
+    path.chmod(0o644)
+    path.write_bytes(b"dead")
+    path.parent.chmod(0o777)
+    tree.parent.chmod(0o700)
+    with pytest.raises(s3c.CacheError, match="trees: Permission denied"):
+        as_nobody(s3c.CacheManager(public).verify)
+    assert names(s3c.CacheManager(public).verify()) == ["t", "k"]
 
 
 REFUSES = r"""
@@ -676,6 +708,21 @@ def test_prune_does_not_tell_of_a_tree_that_stayed(
         as_nobody(lambda: s3c.CacheManager(public).prune(1))
 
 
+@pytest.mark.root
+def test_prune_leaves_a_tree_that_it_may_not_look_into(
+    server: Server, publish: Publish, public: Path, as_nobody: Any, monkeypatch: Any
+) -> None:
+    """Of a group's cache: a colleague's private one, which nobody else could remove."""
+    publish(b"data", key="t/k")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url.replace("://", "://user:password@"))
+    tree = s3c.get_local_path_for_resource("s3://aind-open-data/t/", cache_dir=public).path
+    for path in (*public.rglob("*"), tree):
+        os.utime(path, (1, 1))
+        path.chmod(0o777 if path.is_dir() and tree not in (path, *path.parents) else 0o700)
+    gone = as_nobody(partial(s3c.CacheManager(public).prune, max_age_days=1))
+    assert (names(gone), (tree / "k").read_bytes()) == (["k"], b"data")
+
+
 def test_clear_leaves_what_is_not_ours(hold: Any, manager: Any, cache: Path) -> None:
     shard = hold("k").parent
     root = cache / "aind-s3-cache"
@@ -743,6 +790,24 @@ def test_prune_sweeps_what_crashes_left(hold: Any, manager: Any) -> None:
     assert [p.exists() for p in left] == [True, True, True, False, False, False]
     shutil.rmtree(grows)
     young.unlink()
+
+
+def test_a_tree_stays_that_is_made_of_a_file_for_longer_than_the_grace(
+    publish: Publish, get: Get, manager: Any, cache: Path
+) -> None:
+    publish(b"k" * 9 * MiB, key="t/k")
+    left: list[bool] = []
+
+    def hours_later(_: int) -> None:
+        if not left:
+            (made,) = (cache / "aind-s3-cache" / "trees").glob(".t*")
+            os.utime(made, (1, 1))
+            time.sleep(1)
+            manager.prune()
+            left.append(made.exists())
+
+    tree = get("s3://aind-open-data/t/", progress=hours_later)
+    assert ((tree.path / "k").stat().st_size, left) == (9 * MiB, [True])
 
 
 def test_an_entry_that_is_pruned_as_it_is_served_is_fetched_again(

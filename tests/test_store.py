@@ -562,6 +562,19 @@ def test_a_manager_of_a_file_is_refused(cache: Path) -> None:
     assert caught.value.errno in (errno.ENOTDIR, errno.EEXIST)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there a directory in use stays")
+def test_a_relative_cache_in_a_directory_that_is_gone_is_no_missing_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for call in (s3c.CacheManager, partial(s3c.get_local_path_for_resource, "s3://b/k")):
+        with pytest.raises(s3c.CacheError, match="the cache at mine: No such file") as caught:
+            call(cache_dir="mine")
+        assert not isinstance(caught.value, FileNotFoundError)
+
+
 # ==== A hit writes nothing when it cannot =====================================================
 
 
