@@ -229,6 +229,30 @@ def test_who_acts_for_another_user_is_served_what_that_one_may_read(get_public: 
         os.seteuid(0)
 
 
+NO_EACCESS = """
+#include <errno.h>
+#include <unistd.h>
+int faccessat(int at, const char *path, int mode, int flags) {
+    if (flags) { errno = EPERM; return -1; }
+    return access(path, mode);
+}
+"""
+ASK = """
+import sys, SUBJECT as s3c
+print(s3c.get_local_path_for_resource(sys.argv[1], cache_dir=sys.argv[2]).status)
+"""
+
+
+def test_a_private_copy_is_found_where_a_container_refuses_the_call_for_effective_ids(
+    publish: Publish, server: Server, cache: Path, preload: Any, run_python: Run
+) -> None:
+    """As seccomp filters do that were made before faccessat2 was."""
+    publish(b"data")
+    url, env = f"{server.url}/aind-open-data/data.json?token=1", preload(NO_EACCESS)
+    told = [run_python(ASK, url, cache, env=env).stdout.strip() for _ in range(2)]
+    assert told == ["downloaded", "revalidated"]
+
+
 @pytest.mark.root
 @pytest.mark.boto3
 def test_offline_a_private_copy_of_another_user_does_not_hide_a_public_one(
