@@ -703,7 +703,7 @@ _THROTTLED = {
 # How servers that are not AWS may refuse a request without a signature, under status 400.
 _UNSIGNED_CODES = {
     "UnsupportedAlgorithm", "MissingSecurityHeader", "MissingAuthenticationToken",
-    "AuthorizationQueryParametersError",
+    "AuthorizationQueryParametersError", "MissingFields",
 }  # fmt: skip
 _EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"}
 _BAD_KEYS = _EXPIRED_CODES | {"InvalidAccessKeyId", "SignatureDoesNotMatch"}
@@ -2127,8 +2127,9 @@ class _Source:
         cls = _REFUSALS.get(_CODE_STATUS.get(code or "", status), S3CacheError)
         retry = _retry_kind(status, code)
         refused = code in (_EXPIRED_CODES if self.signed else _UNSIGNED_CODES)
-        # Cloudflare's R2 says of any request without a signature: InvalidArgument, Authorization.
-        if status == 400 and (refused or told.get("Message") == "Authorization"):
+        # Of any request without a signature Cloudflare's R2 says: InvalidArgument, Authorization;
+        # and versitygw: InvalidArgument, Authorization header is invalid.
+        if status == 400 and (refused or told.get("Message", "").startswith("Authorization")):
             cls = AccessDeniedError
         if status >= 500 or retry != "no":
             cls = TransferError

@@ -371,12 +371,18 @@ print([name for name in ("boto3", "botocore", "urllib3") if name in sys.modules]
 
 @NEEDS_BOTO3
 @pytest.mark.parametrize(
-    ("code", "message"), [("MissingSecurityHeader", ""), ("InvalidArgument", "Authorization")]
+    ("code", "message"),
+    [
+        ("MissingSecurityHeader", ""),
+        ("MissingFields", "Missing fields in request."),
+        ("InvalidArgument", "Authorization"),
+        ("InvalidArgument", "Authorization header is invalid"),
+    ],
 )
 def test_a_server_that_refuses_under_400_is_asked_again_signed(
     code: str, message: str, server: Server, publish: Publish, get: Get, monkeypatch: Any
 ) -> None:
-    """The second is Cloudflare's R2."""
+    """The second is lakeFS, the third Cloudflare's R2, the last versitygw."""
     pytest.importorskip("boto3")
     refusal = s3_error(code, 400, Message=message)
     server.before = lambda asked: None if "authorization" in asked.headers else refusal
