@@ -22,7 +22,7 @@ from typing import Any, Callable
 
 import pytest
 from conftest import BUCKET, Get, Peak, Publish, Run, new_client
-from server import CLOSE, RESET, STALL, Answer, Request, Server, chunked, pick_range
+from server import CLOSE, RESET, STALL, Answer, Request, Server, chunked, pick_range, s3_error
 from subject import name as subject_name
 from subject import s3c
 
@@ -211,6 +211,22 @@ def test_a_part_under_status_200_is_a_part(
 
     server.before = before
     assert fetch(uri).path.read_bytes() == data
+
+
+def test_a_server_that_refuses_if_match_is_asked_without(
+    server: Server, publish: Publish, fetch: Get
+) -> None:
+    """As VAST does; an object that changes meanwhile is still never mixed."""
+    publish(random(LARGE))
+    new = random(LARGE)
+
+    def before(request: Request) -> Any:
+        if len(server.seen) == 4:
+            publish(new)
+        return s3_error("NotImplemented", 501) if "if-match" in request.headers else None
+
+    server.before = before
+    assert fetch(f"s3://{BUCKET}/data.json").path.read_bytes() == new
 
 
 WRONG = {
