@@ -3054,8 +3054,9 @@ def _validator(answer: _Answer) -> str:
         bare = etag[1:-1]
         plain = etag[0] == etag[-1] == '"' and bare and _ETAG_BARE.issuperset(bare)
         return "s" + bare if plain else "x" + etag.encode("latin-1").hex()
-    modified = answer.headers.get("last-modified", "")
-    usable = 0 < len(modified) <= 40 and _clean(modified)
+    modified, date = answer.headers.get("last-modified", ""), answer.headers.get("date")
+    # In the second in which it was sent it may change once more (RFC 9110, 8.8.2.2).
+    usable = 0 < len(modified) <= 40 and _clean(modified) and modified != date
     return "m" + modified.encode("latin-1").hex() if usable else ""
 
 

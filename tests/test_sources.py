@@ -1247,14 +1247,18 @@ def test_versions_are_of_s3_only(uri: str, get: Get) -> None:
 # ==== URLs ====================================================================================
 
 
+TODAY = "Sun, 29 Nov 2026 11:30:00 GMT"
+
+
 @pytest.mark.parametrize(
     ("etag", "headers", "condition", "status"),
     [
         ('"e"', {}, "if-none-match", "revalidated"),
         (None, {}, "if-modified-since", "revalidated"),
         (None, {"Last-Modified": None}, None, "downloaded"),
+        (None, {"Last-Modified": TODAY, "Date": TODAY}, None, "downloaded"),
     ],
-    ids=["etag", "date", "nothing"],
+    ids=["etag", "date", "nothing", "date of the answer itself"],
 )
 def test_what_a_url_is_validated_by(
     etag: str | None,
