@@ -5467,6 +5467,8 @@ class _Fetch:
                 if changes > _CHANGES:
                     text = f"The object changed {changes} times while it was downloaded"
                     raise IntegrityError(text, uri=self.source.uri) from None
+                if changes == _CHANGES:  # or each node of a web server has an ETag of its own
+                    self.plain = True  # one body is of one version
             except _AskPlainly:
                 self.plain = True
             except IntegrityError:
