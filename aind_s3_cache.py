@@ -4513,6 +4513,8 @@ def _inflate(data: bytearray, uri: str, coding: str) -> bytearray:
     if len(codings) > _CODINGS:
         raise InvalidJSONError(f"More than {_CODINGS} Content-Encodings", uri=uri)
     for coding in reversed(codings):
+        if coding != "deflate" and data[:1] != b"\x1f":  # that is only said: 0.1 did not mind
+            continue
         raw = coding == "deflate" and not _is_zlib(data)  # some send it without a header
         try:
             out = _decompress(data, -15 if raw else 47, _JSON_LIMIT)
