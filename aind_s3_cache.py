@@ -960,7 +960,8 @@ def _retry_kind(status: int, code: str | None) -> str:
     """Return how to retry an answer: S3's retryable codes, 408, 429 and the 5xx that pass."""
     if status in (429, 503) or code in _THROTTLED:
         return "slow"
-    return "soon" if status in (408, 500, 502, 504) or code == "RequestTimeout" else "no"
+    passes = status in (408, 500, 502, 504, 522, 524)  # the last two are Cloudflare's; as curl
+    return "soon" if passes or code == "RequestTimeout" else "no"
 
 
 def _parse_xml(data: bytes, wanted: frozenset[str]) -> list[tuple[str, str]]:

@@ -455,7 +455,7 @@ def test_a_retry_that_is_refused_costs_nothing(patience: Any) -> None:
 
 
 RETRIED: list[tuple[int, str | None]] = [
-    (status, None) for status in (408, 429, 500, 502, 503, 504)
+    (status, None) for status in (408, 429, 500, 502, 503, 504, 522, 524)
 ]
 RETRIED += [(503, "SlowDown"), (400, "RequestTimeout"), (400, "Throttling"), (500, "InternalError")]
 FINAL: list[tuple[int, str | None]] = [
