@@ -2084,7 +2084,7 @@ class _Patience:
 
 _REGIONS: dict[tuple[str, str], str] = {}  # (world, bucket) -> region, learnt from redirects
 _SIGNED_BUCKETS: set[tuple[str, str]] = set()  # (endpoint, bucket) that refused us unsigned
-_CLIENTS: dict[tuple[tuple[str, str], ...], Any] = {}  # our own, by the environment of each
+_CLIENTS: dict[tuple[tuple[str, Any], ...], Any] = {}  # our own, by the environment of each
 _DIRECTORY_BUCKET = "--x-s3", "--xa-s3"  # how the names of such and of their access points end
 
 
@@ -2499,7 +2499,17 @@ class _Signed(_S3):
 
 
 _CLIENT_LOCK = threading.RLock()  # a signal handler may call us
-_NO_CREDENTIALS: dict[tuple[tuple[str, str], ...], float] = {}
+_NO_CREDENTIALS: dict[tuple[tuple[str, Any], ...], float] = {}
+
+
+def _default_session() -> Any:
+    """Return boto3's default session if the caller has set it up, as 0.1 used it; else None."""
+    session = getattr(sys.modules.get("boto3"), "DEFAULT_SESSION", None)
+    inner = getattr(session, "_session", None)
+    keys = getattr(inner, "_credentials", None)
+    # One that boto3 made by itself says no more than the environment, and that of a former time.
+    by_hand = inner and (inner.instance_variables() or getattr(keys, "method", "") == "explicit")
+    return session if by_hand else None
 
 
 def _new_client(required: bool, offline: bool) -> tuple[Any, bool]:
@@ -2512,7 +2522,7 @@ def _new_client(required: bool, offline: bool) -> tuple[Any, bool]:
     # Offline EC2 must not be asked for keys nor, by the mode "auto", for the region.
     key = "offline" if offline else None
     mode: Any = {"defaults_mode": "legacy"} if offline else {}
-    session = boto3.session.Session(key, key)
+    session = (None if offline else _default_session()) or boto3.session.Session(key, key)
     credentials = session.get_credentials()
     if credentials is None and not required:
         return None, False
@@ -2543,8 +2553,9 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
         _endpoint_place(endpoint)  # botocore would show a password in the URL that it refuses
     ends = "_proxy", "_PROXY", "_CA_BUNDLE"
     names = (name for name in os.environ if name.startswith("AWS_") or name.endswith(ends))
+    env: tuple[tuple[str, Any], ...]
     env = tuple(sorted((name, os.environ.get(name, "")) for name in names))
-    env += (("", "offline"),) * offline
+    env += (("", "offline" if offline else _default_session()),)
     client = _CLIENTS.get(env)
     if client is not None:
         return client

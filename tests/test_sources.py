@@ -637,6 +637,21 @@ def test_credentials_of_a_file_and_profile_are_found(
     assert "Credential=of-the-lab/" in server.seen[0].headers["authorization"]
 
 
+@NEEDS_BOTO3
+@pytest.mark.parametrize("anonymous", [None, False])
+def test_a_default_session_that_the_caller_set_up_is_used_as_in_0_1(
+    anonymous: bool | None, server: Server, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boto3 = pytest.importorskip("boto3")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    uri = publish({}, private=True)
+    failing(s3c.get_json, uri, Exception, anonymous=anonymous)
+    for name in "one", "other":
+        boto3.setup_default_session(aws_access_key_id=name, aws_secret_access_key="secret")
+        assert s3c.get_json(uri, anonymous=anonymous) == {}
+        assert f"Credential={name}/" in server.seen[-1].headers["authorization"]
+
+
 PROCESS = f'[default]\ncredential_process = "{sys.executable}" -c '
 CONFIGS = [
     ("ProfileNotFound", {"AWS_PROFILE": "lab"}, ""),
