@@ -2689,16 +2689,18 @@ class _Access:
         while True:
             try:
                 result = act(source)
-            except AccessDeniedError as error:
-                following = next(sources, None)
+            except S3CacheError as error:
+                error._name(source.uri)
+                # On Ceph a bucket may be one of the tenant of who asks, and of no other.
+                hidden = error.code == "NoSuchBucket" and self.env.endpoint
+                refused = isinstance(error, AccessDeniedError)
+                following = next(sources, None) if refused or hidden else None
                 if following is None:
-                    if not source.signed and (error.code == "AccessDenied" or error.status == 400):
+                    unsigned = refused and not source.signed
+                    if unsigned and (error.code == "AccessDenied" or error.status == 400):
                         error.hint = ". ".join(filter(None, (error.hint, self._why_unsigned())))
                     raise
                 source = following
-            except S3CacheError as error:
-                error._name(source.uri)
-                raise
             else:
                 if source.signed and self.anonymous is None and self.client is None:
                     _SIGNED_BUCKETS.add((self.env.endpoint, target.bucket))

@@ -396,6 +396,20 @@ def test_a_server_that_refuses_under_400_is_asked_again_signed(
 
 @NEEDS_BOTO3
 @pytest.mark.usefixtures("keys")
+@pytest.mark.parametrize("tail", ["dir/a", "dir/", "dir"])
+def test_a_bucket_that_is_not_there_unsigned_is_asked_for_signed(
+    tail: str, server: Server, publish: Publish, get: Get
+) -> None:
+    """On Ceph each tenant has buckets of its own, and so have those who do not sign."""
+    nowhere = s3_error("NoSuchBucket", 404)
+    server.before = lambda asked: None if "authorization" in asked.headers else nowhere
+    publish({}, "dir/a")
+    path = get(f"s3://{BUCKET}/{tail}").path
+    assert (path / "a" if path.is_dir() else path).read_bytes() == b"{}"
+
+
+@NEEDS_BOTO3
+@pytest.mark.usefixtures("keys")
 def test_a_private_bucket_is_asked_again_signed_and_then_remembered(
     server: Server, publish: Publish, get: Get
 ) -> None:
