@@ -724,9 +724,8 @@ def _quote(text: str, safe: frozenset[str] = _UNRESERVED) -> str:
     """Percent-encode as botocore does (``quote(text, safe="/-._~")``), without its imports."""
     if safe.issuperset(text):
         return text
-    return "".join(
-        chr(byte) if byte < 128 and chr(byte) in safe else f"%{byte:02X}" for byte in text.encode()
-    )
+    data = text.encode("utf-8", "surrogateescape")  # a Location may hold bytes that are no UTF-8
+    return "".join(chr(b) if b < 128 and chr(b) in safe else f"%{b:02X}" for b in data)
 
 
 def _check_key(key: str) -> None:
@@ -1977,7 +1976,7 @@ def _redirected(place: _Place, location: str) -> _Place:
 
     scheme = place.origin[0]
     base = f"{scheme}://{_address(place.origin)}{place.target}"
-    location = location.encode("latin-1").decode("utf-8", "replace")
+    location = location.encode("latin-1").decode("utf-8", "surrogateescape")
     try:
         parts = urlsplit(location)
         where = location

@@ -39,6 +39,7 @@ def test_each_redirect_is_followed_with_range_and_condition(
         ("/c#fragment", "/c"),
         ("/a b", "/a%20b"),
         ("/caf\xc3\xa9", "/caf%C3%A9"),
+        ("/c?caf\xe9", "/c?caf%E9"),
         ("HTTP://127.0.0.1:{port}/c", "/c"),
     ],
 )
