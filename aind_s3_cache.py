@@ -2873,7 +2873,7 @@ _CHECKSUMS = {f"x-amz-checksum-{name}": name for name in ("sha512", "sha256", "s
 def _is_sealed(source: _S3, headers: dict[str, str]) -> bool:
     """Tell whether an ETag that looks like an MD5 is none."""
     return (
-        headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
+        headers.get("x-amz-server-side-encryption", "").startswith("aws:")  # KMS, FSx
         or "x-amz-server-side-encryption-customer-algorithm" in headers
         or source.bucket.endswith(_DIRECTORY_BUCKET)
     )

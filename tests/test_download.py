@@ -769,6 +769,7 @@ def md5(data: bytes) -> str:
 NO_MD5: dict[str, dict[str, Any]] = {
     "KMS": {"headers": {"x-amz-server-side-encryption": "aws:kms"}},
     "KMS twice": {"headers": {"x-amz-server-side-encryption": "aws:kms:dsse"}},
+    "FSx": {"headers": {"x-amz-server-side-encryption": "aws:fsx"}},
     "customer key": {"headers": {"x-amz-server-side-encryption-customer-algorithm": "AES256"}},
     "parts": {"etag": f'"{md5(b"other")}-3"'},
     "upper case": {"etag": f'"{md5(b"other").upper()}"'},
@@ -779,11 +780,12 @@ NO_MD5: dict[str, dict[str, Any]] = {
 @SIZES
 @pytest.mark.parametrize("kind", NO_MD5)
 def test_an_etag_that_is_no_md5_is_not_checked(
-    kind: str, size: int, publish: Publish, unsigned: Get
+    kind: str, size: int, server: Server, publish: Publish, unsigned: Get
 ) -> None:
     data = random(size)
     uri = publish(data, **{"etag": f'"{md5(b"other")}"', **NO_MD5[kind]})
     assert unsigned(uri).path.read_bytes() == data
+    assert sum(start == 0 for start, _ in ranges(server)) == 1
 
 
 @pytest.mark.boto3
@@ -797,6 +799,7 @@ def test_an_etag_of_a_directory_bucket_is_no_md5(
     uri = publish(data, bucket=f"name--usw2-az1--{end}-s3", etag=f'"{md5(b"other")}"')
     client = new_client(server.url)
     assert get(uri, s3_client=client).path.read_bytes() == data
+    assert sum(start == 0 for start, _ in ranges(server)) == 1
     client.close()
 
 
