@@ -2690,9 +2690,10 @@ class _Access:
                 result = act(source)
             except S3CacheError as error:
                 error._name(source.uri)
-                # On Ceph a bucket may be one of the tenant of who asks, and of no other.
-                hidden = error.code == "NoSuchBucket" and self.env.endpoint
                 refused = isinstance(error, AccessDeniedError)
+                # On Ceph a bucket may be of the tenant of who asks, and of no other; and boto3's
+                # files may name another endpoint.
+                hidden = error.code == "NoSuchBucket"
                 following = next(sources, None) if refused or hidden else None
                 if following is None:
                     unsigned = refused and not source.signed
@@ -4658,8 +4659,8 @@ def get_json_s3(
     s3_client : boto3 S3 client, optional
         Used whatever it is configured for.
     anonymous : bool, optional
-        None: unsigned first, signed if that is refused and boto3 has credentials. True: unsigned
-        only. False: signed only.
+        None: unsigned first, signed if that is refused, or finds no such bucket, and boto3 has
+        credentials. True: unsigned only. False: signed only.
     anon : bool, optional
         Deprecated name of `anonymous`.
 
@@ -6232,8 +6233,9 @@ def get_local_path_for_resource(
     s3_client : boto3 S3 client, optional
         Used whatever it is configured for.
     anonymous : bool, optional
-        None: unsigned first; on 401 or 403 signed, if boto3 is there and finds credentials. True:
-        unsigned only. False: signed only. What is fetched signed is kept private (mode 0600).
+        None: unsigned first; where that is refused, or finds no such bucket, signed, if boto3 is
+        there and finds credentials. True: unsigned only. False: signed only. What is fetched
+        signed is kept private (mode 0600).
     max_concurrency : int
         Connections for one large object, at most; a fast server is given fewer, and so are many
         objects at a time.

@@ -225,6 +225,18 @@ def aws(
     return aws
 
 
+@pytest.mark.boto3
+def test_an_endpoint_in_boto3s_files_is_asked_where_aws_has_no_such_bucket(
+    server: Server, aws: Callable[..., Server], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aws("bucket")
+    keys = "aws_access_key_id = key\naws_secret_access_key = secret\nregion = here\n"
+    (home / "config").write_text(f"[default]\n{keys}endpoint_url = {server.url}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(home / "config"))
+    server.put("lab", "a.json", b"{}", private=True)
+    assert s3c.get_json("s3://lab/a.json") == {}
+
+
 def hosts(server: Server) -> list[str]:
     return [f"{request.method} {request.headers['host']}" for request in server.seen]
 
