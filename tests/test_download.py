@@ -1206,7 +1206,7 @@ def test_a_failed_download_leaves_no_thread_that_still_writes(
     monkeypatch.setattr(s3c, "_RETRIES", 0)
     server.rate = 500_000
     before = threading.active_count() - len(server._threads)
-    server.before = lambda request: (501,) if request.number == 4 else None
+    server.before = lambda request: (505,) if request.number == 4 else None
     with pytest.raises(s3c.TransferError):
         unsigned(publish(random(LARGE)))
     give_up = time.monotonic() + 2
