@@ -4789,7 +4789,8 @@ class LocalizedResource(_Record):
     Attributes
     ----------
     path : pathlib.Path
-        Absolute. Its content never changes: a new version of the object gets a new path.
+        Absolute. Its content never changes: a new version of the object gets a new path. Its
+        modification time is when the server last confirmed it, and no mark of a change.
     from_cache : bool
         True if nothing was downloaded; False for local paths.
     source : str
