@@ -1286,8 +1286,11 @@ TODAY = "Sun, 29 Nov 2026 11:30:00 GMT"
         (None, {}, "if-modified-since", "revalidated"),
         (None, {"Last-Modified": None}, None, "downloaded"),
         (None, {"Last-Modified": TODAY, "Date": TODAY}, None, "downloaded"),
+        ('"6b0c1434-2"', {"Last-Modified": TODAY, "Date": TODAY}, None, "downloaded"),
+        ('"6b0c1434-2"', {"Last-Modified": TODAY}, "if-none-match", "revalidated"),
+        ('"e"', {"Last-Modified": TODAY, "Date": TODAY}, "if-none-match", "revalidated"),
     ],
-    ids=["etag", "date", "nothing", "date of the answer itself"],
+    ids=["etag", "date", "nothing", "date of the answer itself", "nginx", "nginx later", "same"],
 )
 def test_what_a_url_is_validated_by(
     etag: str | None,
