@@ -129,6 +129,26 @@ def _stay_here() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _models_parsed_once() -> Iterator[None]:
+    """botocore's sessions share what they parsed: S3's model takes each of them half a second."""
+    if not importlib.util.find_spec("boto3"):
+        yield
+        return
+    import botocore.session
+
+    create_loader, parsed = botocore.session.create_loader, dict[Any, Any]()
+
+    def create_sharing_loader(data_path: str | None = None) -> Any:
+        loader = create_loader(data_path)
+        loader._cache = parsed.setdefault(data_path, {})
+        return loader
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", create_sharing_loader)
+        yield
+
+
 def _lasting_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if not thread.daemon}
 
