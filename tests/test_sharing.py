@@ -58,14 +58,14 @@ def at_once(count: int, work: Callable[[], Any]) -> list[Any]:
         return list(pool.map(body, range(count)))
 
 
-@pytest.mark.parametrize("size", [1000, 3 * MiB, 12 * MiB])
+@pytest.mark.parametrize(("count", "size"), [(8, 1000), (8, 3 * MiB), (64, 12 * MiB)])
 def test_threads_that_want_a_new_object_download_it_once(
-    size: int, server: Server, publish: Publish, get: Get
+    count: int, size: int, server: Server, publish: Publish, get: Get
 ) -> None:
-    uri, server.latency = publish(blob(size)), 0.05
-    found = at_once(8, lambda: get(uri))
+    uri, server.latency = publish(blob(size)), 0.4 / count
+    found = at_once(count, lambda: get(uri))
     assert len({one.path for one in found}) == 1
-    assert sorted(one.status for one in found) == ["downloaded"] + ["revalidated"] * 7
+    assert Counter(one.status for one in found) == {"downloaded": 1, "revalidated": count - 1}
     assert found[0].path.read_bytes() == blob(size)
     assert server.bytes_sent == size
 
@@ -114,15 +114,6 @@ def test_who_comes_after_a_failure_asks_anew(
         calls = [pool.submit(get, uri) for _ in range(3)]
         assert all(isinstance(call.exception(), s3c.TransferError) for call in calls)
     assert get(uri).status == "downloaded"
-
-
-@pytest.mark.slow
-def test_64_threads_download_64_mib_once(server: Server, publish: Publish, get: Get) -> None:
-    uri = publish(blob(64 * MiB))
-    found = at_once(64, lambda: get(uri))
-    assert Counter(one.status for one in found) == {"downloaded": 1, "revalidated": 63}
-    assert {sha(one.path.read_bytes()) for one in found[:2]} == {sha(blob(64 * MiB))}
-    assert server.bytes_sent == 64 * MiB
 
 
 def test_threads_that_miss_together_on_kept_connections_download_it_once(
@@ -754,21 +745,8 @@ def test_processes_that_want_a_new_object_download_it_once(
 ) -> None:
     size = 24 * MiB
     uri, server.rate = publish(blob(size)), 60 * MiB
-    told = race(6, uri)
-    assert Counter(status for status, *_ in told) == {"downloaded": 1, "revalidated": 5}
-    assert {hash_ for *_, hash_ in told} == {sha(blob(size))}
-    assert is_one_download(server, size)
-    assert leftovers(cache) == []
-
-
-@pytest.mark.slow
-def test_64_processes_download_64_mib_once(
-    race: Any, server: Server, publish: Publish, cache: Path
-) -> None:
-    size = 64 * MiB
-    uri = publish(blob(size))
-    told = race(64, uri)
-    assert Counter(status for status, *_ in told) == {"downloaded": 1, "revalidated": 63}
+    told = race(24, uri)
+    assert Counter(status for status, *_ in told) == {"downloaded": 1, "revalidated": 23}
     assert {hash_ for *_, hash_ in told} == {sha(blob(size))}
     assert is_one_download(server, size)
     assert leftovers(cache) == []
@@ -820,11 +798,8 @@ int flock(int fd, int how) {
 }
 """
 LOCKS = {
-    "ENOSYS": "errno = ENOSYS; return -1;",
     "ENOLCK": "errno = ENOLCK; return -1;",
-    "EIO": "errno = EIO; return -1;",
     "EACCES": "errno = EACCES; return -1;",
-    "EOPNOTSUPP": "errno = EOPNOTSUPP; return -1;",
     "does nothing": "return 0;",
     "always taken": "errno = EWOULDBLOCK; return -1;",
     "hangs": "for (;;) pause();",
@@ -882,38 +857,24 @@ def test_a_broken_lock_changes_nothing_but_the_traffic(
     assert leftovers(cache) == []
 
 
-def _plant_fifo(locks: Path) -> None:
-    for number in range(4096):
-        os.mkfifo(locks / f"{number:03x}")
+def _plant_link(lock: Path) -> None:
+    lock.symlink_to(lock.parents[1] / "victim")
 
 
-def _plant_links(locks: Path) -> None:
-    for number in range(4096):
-        (locks / f"{number:03x}").symlink_to(locks.parent / "victim")
-
-
-def _plant_directories(locks: Path) -> None:
-    for number in range(4096):
-        (locks / f"{number:03x}").mkdir()
-
-
-def _plant_file(locks: Path) -> None:
-    locks.rmdir()
-    locks.write_bytes(b"")
-
-
-PLANTS = [_plant_fifo, _plant_links, _plant_directories, _plant_file]
+def _plant_no_directory(lock: Path) -> None:
+    lock.parent.rmdir()
+    lock.parent.write_bytes(b"")
 
 
 @posix
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("plant", PLANTS)
+@pytest.mark.parametrize("plant", [os.mkfifo, os.mkdir, _plant_link, _plant_no_directory])
 def test_what_cannot_be_locked_is_no_hindrance(
     plant: Callable[[Path], None], publish: Publish, get: Get, cache: Path
 ) -> None:
     locks = cache / "aind-s3-cache" / "locks"
     locks.mkdir(parents=True)
-    plant(locks)
+    plant(locks / get(publish(b"small")).path.name[:3])
     assert get(publish(blob(12 * MiB))).path.read_bytes() == blob(12 * MiB)
     assert not (locks.parent / "victim").exists()
 
