@@ -767,7 +767,7 @@ def test_who_waits_for_a_killed_process_goes_on_from_there(
     assert server.bytes_sent < 1.6 * size
 
 
-SLOW_DISK = "#include <unistd.h>\nint fsync(int fd) { sleep(5); return 0; }"
+SLOW_DISK = "#include <unistd.h>\nint fsync(int fd) { sleep(3); return 0; }"
 
 
 @posix
