@@ -1192,6 +1192,7 @@ def test_memory_stays_below_40_mib_at_any_size(
     """Peak of the process, over an interpreter that imported nothing; none compiles the module."""
     server = request.getfixturevalue("tls_server" if way == "https" else "server")
     server.put(BUCKET, "big", bytes(96 << 20))
+    server.rate = 16 << 20  # so that all workers are at work
     code = """
 import sys
 def peak(): return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
