@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Get, Peak, Publish, Run
+from conftest import BUCKET, Get, Peak, Publish, Run, posix
 from server import BYE, RESET, STALL, Server
 from subject import name as subject_name
 from subject import s3c
@@ -625,7 +625,7 @@ print(s3c._ASKED, s3c._POOL.open - set(s3c._POOL._idle))
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="such limits are of POSIX")
+@posix
 @pytest.mark.parametrize("way", ["as usual", "no thread"])
 def test_a_batch_that_is_stopped_as_it_connects_leaves_nothing_asked_for(
     way: str, many: Callable[[int], list[str]], cache: Path, deaf: str, run_python: Run

@@ -18,11 +18,9 @@ from typing import Any, Callable
 from urllib.parse import quote
 
 import pytest
-from conftest import BUCKET, NOBODY, Publish, Run
+from conftest import BUCKET, NOBODY, Publish, Run, files_below, posix
 from server import Server
 from subject import s3c
-
-posix_only = pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
 
 TICK = 0.02  # seconds: the clock of a file system tells two versions apart after some milliseconds
 
@@ -40,10 +38,6 @@ class Getter:
 @pytest.fixture
 def get(cache: Path) -> Getter:
     return Getter(cache)
-
-
-def files_below(path: Path) -> list[Path]:
-    return sorted(found for found in path.rglob("*") if not found.is_dir())
 
 
 def shift_clocks(path: Path, seconds: float) -> None:
@@ -158,7 +152,7 @@ def test_the_path_is_absolute_and_holds_the_bytes(
     assert (tmp_path / "relative") in result.path.parents
 
 
-@posix_only
+@posix
 def test_a_published_file_is_read_only(publish: Publish, get: Getter) -> None:
     for size in (10, 3 << 20, 9 << 20):
         mode = get(publish(bytes(size), f"{size}.bin")).path.stat().st_mode
@@ -882,7 +876,7 @@ def test_a_relative_cache_dir_of_the_environment_counts_from_here(
     assert default_root(publish) == tmp_path / "near" == s3c.CacheManager().dir
 
 
-@posix_only
+@posix
 def test_without_a_usable_home_the_cache_is_a_private_temporary_one(
     publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Get, Peak, Publish, Run, new_client
+from conftest import BUCKET, Get, Peak, Publish, Run, new_client, posix
 from server import CLOSE, RESET, STALL, Answer, Request, Server, chunked, pick_range
 from subject import name as subject_name
 from subject import s3c
@@ -952,7 +952,6 @@ def interrupt(
         return float(told) - began, errors
 
 
-posix = pytest.mark.skipif(os.name != "posix", reason="no SIGINT to another process here")
 STUCK = ["silent", "throttled", "stalled", "stalled parts"]
 
 

@@ -17,14 +17,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import SUBJECT_FILE, Publish, Run, Spawn, blob
+from conftest import SUBJECT_FILE, MiB, Publish, Run, Spawn, blob, posix
 from server import Server
 from subject import name as subject_name
 from subject import s3c
-
-MiB = 1 << 20
-posix = pytest.mark.skipif(os.name != "posix", reason="fork, signals and users are of POSIX")
-
 
 # ==== Fork ====================================================================================
 

@@ -15,13 +15,12 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from conftest import NOBODY, Get, Publish, Run
+from conftest import NOBODY, Get, MiB, Publish, Run, posix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from server import Server
 from subject import s3c
 
-MiB = 1 << 20
 HOUR, DAY = 3600.0, 86400.0
 GRACE = HOUR + 300  # since the last stamp: it may be that much older than the last use
 NOW = 1_700_000_000.0
@@ -713,7 +712,7 @@ def test_what_is_not_ours_stays_in_a_folder_that_is_called_as_ours(
     assert [path for path in mine if not path.exists()] == []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="symbolic links")
+@posix
 def test_clear_follows_no_link(hold: Any, manager: Any, home: Path) -> None:
     shard = hold("k").parent
     kept = home / "folder" / "kept"

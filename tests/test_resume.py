@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import NOBODY, Get, Publish, Spawn, blob, new_client
+from conftest import NOBODY, Get, MiB, Publish, Spawn, blob, new_client
 from server import RESET, Server
 from subject import s3c
 
-MiB = 1 << 20
 DAY = 86400.0
 SIZE = 32 * MiB
 CHUNK: int = s3c._CHUNK

@@ -18,12 +18,9 @@ from types import FrameType
 from typing import Any, Callable
 
 import pytest
-from conftest import Get, Publish, Run, Spawn, blob
+from conftest import Get, MiB, Publish, Run, Spawn, blob, posix
 from server import Request, Server
 from subject import s3c
-
-MiB = 1 << 20
-posix = pytest.mark.skipif(os.name != "posix", reason="flock and its failures are of POSIX")
 
 
 def sha(data: bytes) -> str:

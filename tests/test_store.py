@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import NOBODY, AsNobody, Get, Publish, Run, blob
+from conftest import NOBODY, AsNobody, Get, MiB, Publish, Run, blob, posix
 from server import Server
 from subject import name as subject_name
 from subject import s3c
 
-MiB = 1 << 20
 Mount = Callable[..., Path]
-
-posix = pytest.mark.skipif(os.name != "posix", reason="modes and special files are of POSIX")
 
 
 def below(path: Path) -> list[Path]:
