@@ -187,12 +187,9 @@ def test_the_default_finds_the_way_by_itself(cloud: Cloud, get: Get) -> None:
     assert get(uri).status == "revalidated"
 
 
-@pytest.mark.parametrize(
-    "key", ["sp ace", "pl+us", "per%25cent", "que?ry", "ha#sh", "ünï", "a=b&c", "~'()!*,;@$"]
-)
-def test_keys_are_exact(key: str, cloud: Cloud, fetch: Get) -> None:
-    data = key.encode()
-    assert fetch(cloud.put(f"dir/{key}", data)).path.read_bytes() == data
+def test_keys_are_exact(cloud: Cloud, fetch: Get) -> None:
+    for key in ("sp ace", "pl+us", "per%25cent", "que?ry", "ha#sh", "ünï", "a=b&c", "~'()!*,;@$"):
+        assert fetch(cloud.put(f"dir/{key}", key.encode())).path.read_bytes() == key.encode()
 
 
 def test_an_empty_object(cloud: Cloud, fetch: Get) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import stat
@@ -238,8 +239,13 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 @posix
 @pytest.mark.leftovers  # a directory is moved aside, for `prune` to sweep
 @pytest.mark.timeout(10)
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("size", [4, 3 * MiB, 9 * MiB])
+@pytest.mark.parametrize(
+    ("damage", "size"),
+    [
+        *((damage, 4) for damage in DAMAGE),
+        *itertools.product(("a directory", "without its shard"), (3 * MiB, 9 * MiB)),
+    ],
+)
 def test_a_damaged_entry_is_a_miss(damage: str, size: int, publish: Publish, get: Get) -> None:
     uri = publish(blob(size))
     DAMAGE[damage](get(uri).path)
