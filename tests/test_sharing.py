@@ -846,9 +846,9 @@ def test_who_loses_its_file_to_a_faster_host_takes_what_that_published(
 def test_a_broken_lock_changes_nothing_but_the_traffic(
     lock: str, race: Any, preload: Any, publish: Publish, cache: Path, tmp_path: Path
 ) -> None:
-    uri, calls = publish(blob(24 * MiB)), tmp_path / "calls"
+    uri, calls = publish(blob(12 * MiB)), tmp_path / "calls"
     told = race(4, uri, env={**preload(BROKEN % LOCKS[lock]), "FLOCK_CALLS": str(calls)})
-    assert {hash_ for *_, hash_ in told} == {sha(blob(24 * MiB))}
+    assert {hash_ for *_, hash_ in told} == {sha(blob(12 * MiB))}
     assert max(float(seconds) for _, seconds, _ in told) < 10
     assert calls.exists()  # or the test proves nothing
     assert leftovers(cache) == []

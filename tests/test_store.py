@@ -628,18 +628,8 @@ def test_a_hit_costs_few_system_calls(
     """Root, shard, entry, stamp; and to the server and back."""
     code = prelude + HITS.replace("SUBJECT", subject_name)
     trace = tmp_path / "trace"
-    command = [
-        "strace",
-        "-f",
-        "-o",
-        trace,
-        sys.executable,
-        "-c",
-        code,
-        cache,
-        publish(b"x"),
-        max_age,
-    ]
+    command: list[Any] = ["strace", "-f", "-o", trace, sys.executable, "-c", code]
+    command += [cache, publish(b"x"), max_age]
     subprocess.run([str(part) for part in command], check=True, timeout=30)
     hits = trace.read_text().partition('"/begin"')[2].partition('"/end"')[0].splitlines()[1:-1]
     calls = [line.split()[1].partition("(")[0] for line in hits]
