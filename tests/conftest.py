@@ -38,6 +38,10 @@ AWS_HOSTS = [
     "*.s3.cn-north-1.amazonaws.com.cn",
 ]
 
+KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret-of-the-test"}
+MiB = 1 << 20
+posix = pytest.mark.skipif(os.name != "posix", reason="modes, signals, forks, pipes with a name")
+
 Publish = Callable[..., str]
 Get = Callable[..., Any]
 AsNobody = Callable[[Callable[[], Any]], Any]
@@ -63,6 +67,10 @@ def blob(size: int, seed: int = 0) -> bytes:
     """Bytes that repeat only after a while, so that a chunk in the wrong place shows."""
     block = b"".join(hashlib.sha256(b"%d %d" % (seed, i)).digest() for i in range(8191))
     return (block * (size // len(block) + 1))[:size]
+
+
+def files_below(path: Path) -> list[Path]:
+    return sorted(found for found in path.rglob("*") if not found.is_dir())
 
 
 def basic(userinfo: str) -> str:
@@ -126,6 +134,26 @@ def _stay_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", guarded_look_up)
         patch.setattr(socket.socket, "connect", guarded_connect)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _models_parsed_once() -> Iterator[None]:
+    """botocore's sessions share what they parsed: S3's model takes each of them half a second."""
+    if not importlib.util.find_spec("boto3"):
+        yield
+        return
+    import botocore.session
+
+    create_loader, parsed = botocore.session.create_loader, dict[Any, Any]()
+
+    def create_sharing_loader(data_path: str | None = None) -> Any:
+        loader = create_loader(data_path)
+        loader._cache = parsed.setdefault(data_path, {})
+        return loader
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", create_sharing_loader)
         yield
 
 
@@ -328,6 +356,14 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3c, "_SMALL", 256 << 10)
 
 
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials, and the library that finds them."""
+    pytest.importorskip("boto3")
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+
+
 _SESSION: list[Any] = []  # one for all tests: it keeps what it has parsed of S3's model
 
 
@@ -341,8 +377,8 @@ def new_client(url: str, **config: Any) -> Any:
     return _SESSION[0].client(
         "s3",
         endpoint_url=url,
-        aws_access_key_id="key",
-        aws_secret_access_key="secret-of-the-test",
+        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
         region_name="us-east-1",
         config=Config(retries={"total_max_attempts": 1}, **config),
     )

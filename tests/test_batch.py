@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Get, Peak, Publish, Run
+from conftest import BUCKET, Get, Peak, Publish, Run, posix
 from server import BYE, RESET, STALL, Server
 from subject import name as subject_name
 from subject import s3c
@@ -297,8 +297,9 @@ def seconds_to_fail(get_all: Get, uri: str) -> float:
 
 
 def test_an_error_does_not_wait_for_what_another_thread_fetches(
-    server: Server, publish: Any, get_all: Get
+    server: Server, publish: Any, get_all: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(s3c, "_RETRIES", 0)
     uri, server.rate = publish(bytes(5 << 20)), 1 << 20
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(get_all, [uri])
@@ -306,6 +307,7 @@ def test_an_error_does_not_wait_for_what_another_thread_fetches(
             time.sleep(0.01)
         assert seconds_to_fail(get_all, uri) < 3
         assert not other.done()
+        server.close()
 
 
 def test_an_error_does_not_wait_for_a_handshake(
@@ -405,8 +407,9 @@ def test_an_error_does_not_wait_for_a_long_listing(
 
 
 def test_an_error_in_a_tree_does_not_wait_for_what_another_thread_fetches(
-    server: Server, publish: Any, get_all: Get
+    server: Server, publish: Any, get_all: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(s3c, "_RETRIES", 0)
     uris = [publish(bytes(5 << 20), key="tree/large"), publish(b"x", key="tree/refused")]
     refuse = lambda request: (403, b"") if request.path.endswith("refused") else None  # noqa: E731
     server.rate, server.before = 1 << 20, refuse
@@ -419,6 +422,7 @@ def test_an_error_in_a_tree_does_not_wait_for_what_another_thread_fetches(
             get_all([os.path.dirname(uris[0]) + "/"])
         assert time.monotonic() - began < 3
         assert not other.done()
+        server.close()
 
 
 def test_what_a_stopped_batch_leaves_is_not_called_stale(
@@ -428,7 +432,7 @@ def test_what_a_stopped_batch_leaves_is_not_called_stale(
     get_all(uris)
 
     def before(request: Any) -> Any:
-        time.sleep(0.3 if request.path.endswith("0.txt") else 2)
+        time.sleep(0.1 if request.path.endswith("0.txt") else 1)
         return (403, b"") if request.path.endswith("0.txt") else None
 
     server.before = before
@@ -622,7 +626,7 @@ print(s3c._ASKED, s3c._POOL.open - set(s3c._POOL._idle))
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="such limits are of POSIX")
+@posix
 @pytest.mark.parametrize("way", ["as usual", "no thread"])
 def test_a_batch_that_is_stopped_as_it_connects_leaves_nothing_asked_for(
     way: str, many: Callable[[int], list[str]], cache: Path, deaf: str, run_python: Run
@@ -681,11 +685,20 @@ def test_nothing_is_asked_ahead_for_a_call_that_is_refused(
 def test_an_object_that_takes_long_holds_up_nobody(
     server: Server, many: Callable[[int], list[str]], get_all: Get
 ) -> None:
-    late: list[float] = []
-    server.before = lambda asked: time.sleep(3) if asked.path.endswith("/7.txt") else None
-    began = time.monotonic()
-    get_all(many(40), progress=lambda _: late.append(time.monotonic() - began))
-    assert sum(at < 2.5 for at in late) == 39
+    came, others_came, waited = list[int](), threading.Event(), list[bool]()
+
+    def before(asked: Any) -> None:
+        if asked.path.endswith("/7.txt"):
+            waited.append(others_came.wait(5))
+
+    def progress(size: int) -> None:
+        came.append(size)
+        if len(came) == 39:
+            others_came.set()
+
+    server.before = before
+    get_all(many(40), progress=progress)
+    assert waited == [True]
 
 
 def test_progress_may_call_us(

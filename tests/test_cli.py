@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, SUBJECT_FILE, Publish, Run, Spawn
+from conftest import BUCKET, SUBJECT_FILE, Publish, Run, Spawn, files_below, posix
 from server import Server
 from subject import s3c
-
-posix_only = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and pipes")
 
 
 class Said:
@@ -51,10 +49,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
 @pytest.fixture
 def three(publish: Publish) -> list[str]:
     return [publish(b"%d" % number, f"dir/{number}.txt") for number in range(3)]
-
-
-def files_below(path: Path) -> list[Path]:
-    return sorted(found for found in path.rglob("*") if found.is_file())
 
 
 # ==== get =====================================================================================
@@ -119,7 +113,7 @@ def test_get_takes_an_empty_list(cli: Run) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@posix_only
+@posix
 def test_get_says_that_there_is_no_standard_input() -> None:
     command = f"'{sys.executable}' '{SUBJECT_FILE}' get - <&-"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
@@ -582,7 +576,7 @@ def test_the_file_is_a_program(publish: Publish, cli: Run) -> None:
     assert Path(done.stdout.strip()).read_bytes() == b"data"
 
 
-@posix_only
+@posix
 def test_the_file_can_be_executed(publish: Publish, tmp_path: Path) -> None:
     """Under any name, from any place."""
     program = tmp_path / "s3get"
@@ -625,7 +619,7 @@ def test_main_takes_the_arguments_of_the_process(
 # ==== Pipes and interrupts ====================================================================
 
 
-@posix_only
+@posix
 @pytest.mark.parametrize("verb", ["ls", "get"])
 def test_a_broken_pipe_is_silent(server: Server, verb: str) -> None:
     for number in range(1500):
@@ -642,7 +636,7 @@ def test_a_broken_pipe_is_silent(server: Server, verb: str) -> None:
     assert (errors, child.returncode in (0, 141, -signal.SIGPIPE)) == (b"", True)
 
 
-@posix_only
+@posix
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", ">/dev/full"])
 def test_a_closed_or_full_stream_is_no_traceback(publish: Publish, redirect: str) -> None:
     if "full" in redirect and not os.path.exists("/dev/full"):
@@ -654,14 +648,14 @@ def test_a_closed_or_full_stream_is_no_traceback(publish: Publish, redirect: str
     assert done.returncode in ((1,) if "full" in redirect else (0, 1))
 
 
-@posix_only
+@posix
 def test_an_error_with_stdout_closed_is_one_line(tmp_path: Path) -> None:
     command = f"'{sys.executable}' '{SUBJECT_FILE}' json '{tmp_path}/not-there' >&-"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
 
 
-@posix_only
+@posix
 @pytest.mark.parametrize("args", ["--help >", "--version >", "wrong 2>"])
 def test_a_full_stream_is_no_traceback_where_argparse_writes_either(args: str) -> None:
     if not os.path.exists("/dev/full"):
@@ -671,14 +665,14 @@ def test_a_full_stream_is_no_traceback_where_argparse_writes_either(args: str) -
     assert (done.returncode < 3, done.stdout, done.stderr) == (True, b"", b"")
 
 
-@posix_only
+@posix
 @pytest.mark.parametrize("verb", ["json /not-there", "verify", "wrong-usage"])
 def test_nothing_but_data_comes_on_stdout_where_stderr_is_closed(verb: str) -> None:
     command = f"'{sys.executable}' '{SUBJECT_FILE}' {verb} 2>&-"
     assert subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE).stdout == b""
 
 
-@posix_only
+@posix
 def test_an_error_that_nobody_reads_is_one_all_the_same_and_ends_no_list(publish: Publish) -> None:
     command = [sys.executable, str(SUBJECT_FILE), "get", f"s3://{BUCKET}/no", publish(b"data")]
     reader, writer = os.pipe()
@@ -703,7 +697,7 @@ def interrupt(server: Server, args: list[object], after: int = 1) -> tuple[int, 
     return child.returncode, out, err, time.monotonic() - began
 
 
-@posix_only
+@posix
 @pytest.mark.parametrize("size", [3 << 20, 20 << 20], ids=["medium", "large"])
 def test_ctrl_c_is_130_at_once_and_leaves_nothing_that_is_served(
     server: Server, publish: Publish, cache: Path, size: int, run: Callable[..., Said]
@@ -720,7 +714,7 @@ def test_ctrl_c_is_130_at_once_and_leaves_nothing_that_is_served(
     assert path.read_bytes() == data
 
 
-@posix_only
+@posix
 def test_ctrl_c_ends_a_list_of_many(server: Server, publish: Publish, cache: Path) -> None:
     server.latency = 0.01
     uris = [publish(b"x", f"{number}.txt") for number in range(300)]
@@ -729,7 +723,7 @@ def test_ctrl_c_ends_a_list_of_many(server: Server, publish: Publish, cache: Pat
     assert not list(cache.rglob(".t*"))
 
 
-@posix_only
+@posix
 @pytest.mark.parametrize("verb", ["json", "ls"])
 def test_ctrl_c_ends_a_read_that_stalls(server: Server, publish: Publish, verb: str) -> None:
     server.rate = 1000
@@ -740,7 +734,7 @@ def test_ctrl_c_ends_a_read_that_stalls(server: Server, publish: Publish, verb: 
     assert (code, out, err, seconds < 4) == (130, "", "", True)
 
 
-@posix_only
+@posix
 def test_a_list_that_is_still_being_typed_can_be_interrupted(spawn: Spawn) -> None:
     child = spawn("""
 import SUBJECT as s3c, argparse

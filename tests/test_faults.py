@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET
+from conftest import BUCKET, MiB
 from server import Server
 from subject import s3c
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="puts a library before libc")
 
 localize = s3c.get_local_path_for_resource
-MiB = 1 << 20
 LARGE = bytes(range(251)) * 45_000  # comes in ranges, with an MD5 that is hashed beside them
 FAILS = r"""
 #define _GNU_SOURCE

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Publish, Run
+from conftest import BUCKET, Publish, Run, posix
 from server import CLOSE, Server
 from subject import s3c
 
@@ -152,7 +152,7 @@ def test_a_localized_resource_is_a_file_too(server: Server, publish: Publish, ca
     assert server.seen == []
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a pipe with a name in the file system")
+@posix
 def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -172,7 +172,7 @@ except TimeoutError as error: print(error)
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a pipe with a name, and signals")
+@posix
 @pytest.mark.parametrize("has_writer", [False, True])
 def test_a_limit_of_time_ends_the_wait_for_a_pipe(
     has_writer: bool, tmp_path: Path, run_python: Run

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from conftest import MiB
 from subject import s3c
 
 pytestmark = pytest.mark.root
 
-MiB = 1 << 20
 LARGE = 6 * MiB  # more than there is room for a copy
 Layer = Callable[[], Path]
 

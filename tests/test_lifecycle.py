@@ -17,14 +17,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import SUBJECT_FILE, Publish, Run, Spawn, blob
+from conftest import SUBJECT_FILE, MiB, Publish, Run, Spawn, blob, posix
 from server import Server
 from subject import name as subject_name
 from subject import s3c
-
-MiB = 1 << 20
-posix = pytest.mark.skipif(os.name != "posix", reason="fork, signals and users are of POSIX")
-
 
 # ==== Fork ====================================================================================
 
@@ -133,11 +129,12 @@ def test_interrupts_amid_other_threads_leave_them_their_turns_and_hardly_a_socke
 
 AMID_CALL = """
 import SUBJECT as s3c, inspect, os, signal, sys, threading
-name, cache, uri, last, told = *sys.argv[1:], [], []
-class Late(s3c.NotFoundError if name == "a call that fails" else Exception): pass
-def late(*_): raise Late("late")
-number, error = (signal.SIGINT, KeyboardInterrupt) if name == "Ctrl-C" else (signal.SIGALRM, Late)
-signal.signal(signal.SIGALRM, late)
+cache, uri, last = *sys.argv[1:], []
+class Late(Exception): pass
+class Missing(s3c.NotFoundError): pass
+kinds = [KeyboardInterrupt, Late, Missing]
+def late(*_): raise kind("late")
+signal.signal(signal.SIGINT, late)
 def get(where): return s3c.get_local_path_for_resource(uri, cache_dir=where)
 def interrupt(step, where):
     def trace(frame, event, function):
@@ -146,14 +143,14 @@ def interrupt(step, where):
         if getattr(function, "__name__", "") == "__enter__": return  # `with` itself, in 3.15
         if event in ("call", "c_return") and is_ours:
             last.append((code.co_name, frame.f_lineno))
-            if len(last) == step: signal.raise_signal(number)
+            if len(last) == step: signal.raise_signal(signal.SIGINT)
+    last.clear()
     sys.setprofile(trace)
-    try: get(where)
-    except (error, s3c.CacheError): told.append(error)
+    try: return not get(where)
+    except (kind, s3c.CacheError): return True
     finally: sys.setprofile(None)
-def child(step):
-    where = f"{cache}/{step}"
-    interrupt(step, where)
+def came_to(step, where):
+    told = interrupt(step, where)
     other = threading.Thread(target=get, args=(where,), daemon=True)
     other.start()
     other.join(5)
@@ -161,25 +158,28 @@ def child(step):
     came = len(last) >= step
     left = s3c._FLIGHTS or s3c._TURN._taken or s3c._TURN.here.inside
     # That no object is there, a look for a file takes for its own.
-    if came and (other.is_alive() or left or not (told or name == "a call that fails")):
-        print("interrupted in", *last[step - 1], flush=True)
-    os._exit(not came)
+    if came and (other.is_alive() or left or not (told or kind is Missing)):
+        print(kind.__name__, "in", *last[step - 1], flush=True)
+    return came
 get(cache)  # imports
 for step in range(1, 2000):
     pid = os.fork()
-    if not pid: child(step)
+    if not pid:
+        came = 0
+        for kind in kinds[step % 3 :] + kinds[: step % 3]:  # the first of them has to connect
+            came |= came_to(step, f"{cache}/{kind}{step}")
+        os._exit(not came)
     if os.waitpid(pid, 0)[1]: break
 print(step > 100)
 """
 
 
 @posix
-@pytest.mark.parametrize("name", ["Ctrl-C", "a limit of time", "a call that fails"])
 def test_wherever_a_signals_error_comes_it_is_raised_and_other_threads_get_the_object(
-    name: str, publish: Publish, run_python: Run, cache: Path
+    publish: Publish, run_python: Run, cache: Path
 ) -> None:
     """At each of our calls, and after each of those into C: that is where Python looks for one."""
-    assert run_python(AMID_CALL, name, cache, publish(b"x"), timeout=100).stdout == "True\n"
+    assert run_python(AMID_CALL, cache, publish(b"x"), timeout=100).stdout == "True\n"
 
 
 AMID_WAIT = """
@@ -639,8 +639,13 @@ def _remount(image: Path, disk: Path) -> None:
 @pytest.mark.root
 @pytest.mark.leftovers
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1000, 3 * MiB, 20 * MiB])
-@pytest.mark.parametrize("when", ["after", 0, 500, 2 * MiB, 12 * MiB])
+@pytest.mark.parametrize(
+    ("when", "size"),
+    [
+        *(("after", size) for size in (1000, 3 * MiB, 20 * MiB)),
+        *((0, 1000), (2 * MiB, 3 * MiB), (0, 20 * MiB), (12 * MiB, 20 * MiB)),
+    ],
+)
 def test_a_power_cut_shows_the_old_state_or_the_new(
     when: Any, size: int, publish: Publish, mount: Any, run_python: Run, tmp_path: Path
 ) -> None:

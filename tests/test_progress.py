@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, SUBJECT_FILE, Publish, Run
+from conftest import BUCKET, SUBJECT_FILE, MiB, Publish, Run
 from server import RESET, Server
 from subject import name as subject_name
 from subject import s3c
-
-MiB = 1 << 20
 
 
 def get(uri: str, cache: Path, **options: Any) -> Any:

@@ -15,13 +15,12 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from conftest import NOBODY, Get, Publish, Run
+from conftest import NOBODY, Get, MiB, Publish, Run, posix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from server import Server
 from subject import s3c
 
-MiB = 1 << 20
 HOUR, DAY = 3600.0, 86400.0
 GRACE = HOUR + 300  # since the last stamp: it may be that much older than the last use
 NOW = 1_700_000_000.0
@@ -176,7 +175,7 @@ _units = st.lists(
 )
 _age = st.none() | st.floats(0, 100 * DAY)
 _size = st.none() | st.integers(0, 5000)
-quickly = settings(deadline=None, max_examples=200, database=None)
+quickly = settings(deadline=None, max_examples=100, database=None)
 
 
 def idle(unit: Any) -> float:
@@ -726,14 +725,8 @@ def test_prune_leaves_a_tree_that_it_may_not_look_into(
 def test_clear_leaves_what_is_not_ours(hold: Any, manager: Any, cache: Path) -> None:
     shard = hold("k").parent
     root = cache / "aind-s3-cache"
-    mine = [
-        root / "notes.txt",
-        root / "objects" / "notes.txt",
-        shard / "notes.txt",
-        root / "more" / "x",
-        root / "trees" / "notes" / "x",
-        root / "partial" / "notes.txt",
-    ]
+    there = ("notes.txt", "objects/notes.txt", "more/x", "trees/notes/x", "partial/notes.txt")
+    mine = [shard / "notes.txt", *(root / name for name in there)]
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"mine")
@@ -760,7 +753,7 @@ def test_what_is_not_ours_stays_in_a_folder_that_is_called_as_ours(
     assert [path for path in mine if not path.exists()] == []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="symbolic links")
+@posix
 def test_clear_follows_no_link(hold: Any, manager: Any, home: Path) -> None:
     shard = hold("k").parent
     kept = home / "folder" / "kept"

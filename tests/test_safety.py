@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import NOBODY, AsNobody, Get, Publish, Run
+from conftest import NOBODY, AsNobody, Get, MiB, Publish, Run
 from server import Server
 from subject import s3c
-
-MiB = 1 << 20
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="users and modes are of POSIX")
 

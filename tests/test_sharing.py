@@ -18,12 +18,9 @@ from types import FrameType
 from typing import Any, Callable
 
 import pytest
-from conftest import Get, Publish, Run, Spawn, blob, failing
+from conftest import Get, MiB, Publish, Run, Spawn, blob, failing, posix
 from server import Answer, Request, Server
 from subject import s3c
-
-MiB = 1 << 20
-posix = pytest.mark.skipif(os.name != "posix", reason="flock and its failures are of POSIX")
 
 
 def sha(data: bytes) -> str:
@@ -58,14 +55,14 @@ def at_once(count: int, work: Callable[[], Any]) -> list[Any]:
         return list(pool.map(body, range(count)))
 
 
-@pytest.mark.parametrize("size", [1000, 3 * MiB, 12 * MiB])
+@pytest.mark.parametrize(("count", "size"), [(8, 1000), (8, 3 * MiB), (64, 12 * MiB)])
 def test_threads_that_want_a_new_object_download_it_once(
-    size: int, server: Server, publish: Publish, get: Get
+    count: int, size: int, server: Server, publish: Publish, get: Get
 ) -> None:
-    uri, server.latency = publish(blob(size)), 0.05
-    found = at_once(8, lambda: get(uri))
+    uri, server.latency = publish(blob(size)), 0.4 / count
+    found = at_once(count, lambda: get(uri))
     assert len({one.path for one in found}) == 1
-    assert sorted(one.status for one in found) == ["downloaded"] + ["revalidated"] * 7
+    assert Counter(one.status for one in found) == {"downloaded": 1, "revalidated": count - 1}
     assert found[0].path.read_bytes() == blob(size)
     assert server.bytes_sent == size
 
@@ -150,15 +147,6 @@ def test_who_comes_after_a_failure_asks_anew(
         calls = [pool.submit(get, uri) for _ in range(3)]
         assert all(isinstance(call.exception(), s3c.TransferError) for call in calls)
     assert get(uri).status == "downloaded"
-
-
-@pytest.mark.slow
-def test_64_threads_download_64_mib_once(server: Server, publish: Publish, get: Get) -> None:
-    uri = publish(blob(64 * MiB))
-    found = at_once(64, lambda: get(uri))
-    assert Counter(one.status for one in found) == {"downloaded": 1, "revalidated": 63}
-    assert {sha(one.path.read_bytes()) for one in found[:2]} == {sha(blob(64 * MiB))}
-    assert server.bytes_sent == 64 * MiB
 
 
 def test_threads_that_miss_together_on_kept_connections_download_it_once(
@@ -335,7 +323,7 @@ def handler(*_):
 get()
 signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.0007)
-end = time.monotonic() + 3
+end = time.monotonic() + 1.5
 while time.monotonic() < end: get()
 signal.setitimer(signal.ITIMER_REAL, 0)
 print(calls > 100)
@@ -790,21 +778,8 @@ def test_processes_that_want_a_new_object_download_it_once(
 ) -> None:
     size = 24 * MiB
     uri, server.rate = publish(blob(size)), 60 * MiB
-    told = race(6, uri)
-    assert Counter(status for status, *_ in told) == {"downloaded": 1, "revalidated": 5}
-    assert {hash_ for *_, hash_ in told} == {sha(blob(size))}
-    assert is_one_download(server, size)
-    assert leftovers(cache) == []
-
-
-@pytest.mark.slow
-def test_64_processes_download_64_mib_once(
-    race: Any, server: Server, publish: Publish, cache: Path
-) -> None:
-    size = 64 * MiB
-    uri = publish(blob(size))
-    told = race(64, uri)
-    assert Counter(status for status, *_ in told) == {"downloaded": 1, "revalidated": 63}
+    told = race(24, uri)
+    assert Counter(status for status, *_ in told) == {"downloaded": 1, "revalidated": 23}
     assert {hash_ for *_, hash_ in told} == {sha(blob(size))}
     assert is_one_download(server, size)
     assert leftovers(cache) == []
@@ -825,7 +800,7 @@ def test_who_waits_for_a_killed_process_goes_on_from_there(
     assert server.bytes_sent < 1.6 * size
 
 
-SLOW_DISK = "#include <unistd.h>\nint fsync(int fd) { sleep(5); return 0; }"
+SLOW_DISK = "#include <unistd.h>\nint fsync(int fd) { sleep(3); return 0; }"
 
 
 @posix
@@ -856,11 +831,8 @@ int flock(int fd, int how) {
 }
 """
 LOCKS = {
-    "ENOSYS": "errno = ENOSYS; return -1;",
     "ENOLCK": "errno = ENOLCK; return -1;",
-    "EIO": "errno = EIO; return -1;",
     "EACCES": "errno = EACCES; return -1;",
-    "EOPNOTSUPP": "errno = EOPNOTSUPP; return -1;",
     "does nothing": "return 0;",
     "always taken": "errno = EWOULDBLOCK; return -1;",
     "hangs": "for (;;) pause();",
@@ -910,46 +882,32 @@ def test_who_loses_its_file_to_a_faster_host_takes_what_that_published(
 def test_a_broken_lock_changes_nothing_but_the_traffic(
     lock: str, race: Any, preload: Any, publish: Publish, cache: Path, tmp_path: Path
 ) -> None:
-    uri, calls = publish(blob(24 * MiB)), tmp_path / "calls"
+    uri, calls = publish(blob(12 * MiB)), tmp_path / "calls"
     told = race(4, uri, env={**preload(BROKEN % LOCKS[lock]), "FLOCK_CALLS": str(calls)})
-    assert {hash_ for *_, hash_ in told} == {sha(blob(24 * MiB))}
+    assert {hash_ for *_, hash_ in told} == {sha(blob(12 * MiB))}
     assert max(float(seconds) for _, seconds, _ in told) < 10
     assert calls.exists()  # or the test proves nothing
     assert leftovers(cache) == []
 
 
-def _plant_fifo(locks: Path) -> None:
-    for number in range(4096):
-        os.mkfifo(locks / f"{number:03x}")
+def _plant_link(lock: Path) -> None:
+    lock.symlink_to(lock.parents[1] / "victim")
 
 
-def _plant_links(locks: Path) -> None:
-    for number in range(4096):
-        (locks / f"{number:03x}").symlink_to(locks.parent / "victim")
-
-
-def _plant_directories(locks: Path) -> None:
-    for number in range(4096):
-        (locks / f"{number:03x}").mkdir()
-
-
-def _plant_file(locks: Path) -> None:
-    locks.rmdir()
-    locks.write_bytes(b"")
-
-
-PLANTS = [_plant_fifo, _plant_links, _plant_directories, _plant_file]
+def _plant_no_directory(lock: Path) -> None:
+    lock.parent.rmdir()
+    lock.parent.write_bytes(b"")
 
 
 @posix
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("plant", PLANTS)
+@pytest.mark.parametrize("plant", [os.mkfifo, os.mkdir, _plant_link, _plant_no_directory])
 def test_what_cannot_be_locked_is_no_hindrance(
     plant: Callable[[Path], None], publish: Publish, get: Get, cache: Path
 ) -> None:
     locks = cache / "aind-s3-cache" / "locks"
     locks.mkdir(parents=True)
-    plant(locks)
+    plant(locks / get(publish(b"small")).path.name[:3])
     assert get(publish(blob(12 * MiB))).path.read_bytes() == blob(12 * MiB)
     assert not (locks.parent / "victim").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import stat
@@ -15,15 +16,12 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import NOBODY, AsNobody, Get, Publish, Run, blob
+from conftest import NOBODY, AsNobody, Get, MiB, Publish, Run, blob, posix
 from server import Server
 from subject import name as subject_name
 from subject import s3c
 
-MiB = 1 << 20
 Mount = Callable[..., Path]
-
-posix = pytest.mark.skipif(os.name != "posix", reason="modes and special files are of POSIX")
 
 
 def below(path: Path) -> list[Path]:
@@ -241,8 +239,13 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 @posix
 @pytest.mark.leftovers  # a directory is moved aside, for `prune` to sweep
 @pytest.mark.timeout(10)
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("size", [4, 3 * MiB, 9 * MiB])
+@pytest.mark.parametrize(
+    ("damage", "size"),
+    [
+        *((damage, 4) for damage in DAMAGE),
+        *itertools.product(("a directory", "without its shard"), (3 * MiB, 9 * MiB)),
+    ],
+)
 def test_a_damaged_entry_is_a_miss(damage: str, size: int, publish: Publish, get: Get) -> None:
     uri = publish(blob(size))
     DAMAGE[damage](get(uri).path)
@@ -638,18 +641,8 @@ def test_a_hit_costs_few_system_calls(
     """Root, shard, entry, stamp; and to the server and back."""
     code = prelude + HITS.replace("SUBJECT", subject_name)
     trace = tmp_path / "trace"
-    command = [
-        "strace",
-        "-f",
-        "-o",
-        trace,
-        sys.executable,
-        "-c",
-        code,
-        cache,
-        publish(b"x"),
-        max_age,
-    ]
+    command: list[Any] = ["strace", "-f", "-o", trace, sys.executable, "-c", code]
+    command += [cache, publish(b"x"), max_age]
     subprocess.run([str(part) for part in command], check=True, timeout=30)
     hits = trace.read_text().partition('"/begin"')[2].partition('"/end"')[0].splitlines()[1:-1]
     calls = [line.split()[1].partition("(")[0] for line in hits]

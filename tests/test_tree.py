@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import BUCKET, Get, Publish, Run
+from conftest import BUCKET, Get, Publish, Run, posix
 from server import Server
 from subject import s3c
 
@@ -438,7 +438,7 @@ def inodes(root: Path) -> dict[str, int]:
     return {path.relative_to(root).as_posix(): path.stat().st_ino for path in found}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="inodes")
+@posix
 def test_snapshots_are_hard_links_to_ordinary_entries(
     put_tree: Get, get: Get, publish: Publish, cache: Path
 ) -> None:
@@ -451,7 +451,7 @@ def test_snapshots_are_hard_links_to_ordinary_entries(
     assert s3c.CacheManager(cache).size() == sum(map(len, FILES.values())) + len(b"new chunk")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
+@posix
 def test_the_files_of_a_snapshot_are_read_only(put_tree: Get, get: Get) -> None:
     put_tree()
     modes = [p.stat().st_mode for p in get().path.rglob("*") if p.is_file()]
@@ -979,7 +979,7 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGINT")
+@posix
 def test_an_interrupted_tree_leaves_no_snapshot_and_resumes(
     server: Server, put_tree: Get, get: Get, cache: Path, run_python: Run
 ) -> None:
@@ -996,14 +996,6 @@ def test_an_interrupted_tree_leaves_no_snapshot_and_resumes(
 
 
 # ==== Signed ==================================================================================
-
-
-@pytest.fixture
-def keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("boto3")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
 
 
 @pytest.mark.boto3
