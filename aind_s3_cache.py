@@ -2687,7 +2687,7 @@ class _Access:
     ) -> T:
         """Act on the first source; where it is refused, on the next. Remember who was let in."""
         sources = self.sources(target, made)
-        source = next(sources)
+        source, hint = next(sources), ""
         while True:
             try:
                 result = act(source)
@@ -2701,8 +2701,12 @@ class _Access:
                 if following is None:
                     unsigned = refused and not source.signed
                     if unsigned and (error.code == "AccessDenied" or error.status == 400):
-                        error.hint = ". ".join(filter(None, (error.hint, self._why_unsigned())))
+                        hint = self._why_unsigned()
+                    if refused and hint:
+                        error.hint = ". ".join(filter(None, (error.hint, hint)))
                     raise
+                # Who misspelt the bucket is else told of keys that have expired, and no more.
+                hint = "Asked for without a signature, there is no such bucket" if hidden else ""
                 source = following
             else:
                 if source.signed and self.anonymous is None and self.client is None:

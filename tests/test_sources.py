@@ -389,6 +389,17 @@ def test_a_bucket_that_is_not_there_unsigned_is_asked_for_signed(
 
 @NEEDS_BOTO3
 @pytest.mark.usefixtures("keys")
+def test_a_misspelt_bucket_is_said_to_be_none_also_where_the_keys_have_expired(
+    server: Server, get: Get
+) -> None:
+    nowhere, expired = s3_error("NoSuchBucket", 404), s3_error("ExpiredToken", 400)
+    server.before = lambda asked: expired if "authorization" in asked.headers else nowhere
+    error = failing(get, "s3://typo/a", s3c.AccessDeniedError)
+    assert "log in again" in str(error) and "no such bucket" in str(error)  # noqa: PT018
+
+
+@NEEDS_BOTO3
+@pytest.mark.usefixtures("keys")
 def test_a_private_bucket_is_asked_again_signed_and_then_remembered(
     server: Server, publish: Publish, get: Get
 ) -> None:
