@@ -3826,10 +3826,10 @@ class _Partial:
         self.shared = bool(others)
         for path in others:
             copied += self._adopt_from(path)
-            self.bury(path)
+            self._bury(path)
         return copied
 
-    def bury(self, path: str) -> bool:
+    def _bury(self, path: str) -> bool:
         """Remove a partial file that has long stood still, if we have the lock; tell whether."""
         if not self._alone or self._closed.is_set():
             return False
@@ -3839,6 +3839,15 @@ class _Partial:
         if idle > _DEAD:
             _drop_partial(path)
         return idle > _DEAD
+
+    def should_begin_anew(self, error: CacheError) -> bool:
+        """Tell whether another try may succeed where a write has failed."""
+        if error.errno == errno.ESTALE:  # NFS: a faster peer on another host removed our file
+            return True
+        # Rather from the first byte than not at all: what the dead left takes the room for our copy
+        # of it, which of a quota nobody could tell before.
+        others = self.store.partials(self.key) if error.errno in _FULL else []
+        return bool(list(filter(self._bury, others)))
 
     def _copy(self, file: BinaryIO, index: int, crc: bytes) -> int:
         """Copy a free chunk if its checksum is right; whatever goes wrong, it is free again."""
@@ -5646,14 +5655,8 @@ class _Fetch:
             vain = _Changed, _AskPlainly, NotFoundError, IntegrityError, CacheError
             if isinstance(error, vain) or 2 not in file.state:
                 _drop_partial(file.path)
-            if isinstance(error, CacheError):
-                stale = error.errno == errno.ESTALE  # NFS: a faster peer on another host removed it
-                # Rather from the first byte than not at all: what the dead left takes the room for
-                # our copy of it, which of a quota nobody could tell before.
-                others = self.store.partials(file.key) if error.errno in _FULL else []
-                buried = sum(map(file.bury, others))
-                if stale or buried:
-                    raise _Changed from None
+            if isinstance(error, CacheError) and file.should_begin_anew(error):
+                raise _Changed from None
             raise
         finally:
             for behind in hashes:
