@@ -900,6 +900,12 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     return int(code), headers, version == "HTTP/1.1 "
 
 
+def _just_changed(headers: dict[str, str]) -> bool:
+    """Tell whether this is of the second of its answer, in which it may change once more."""
+    # Then no date, nor a tag made of one, tells versions apart (RFC 9110, 8.8.2.2).
+    return headers.get("date", "") == headers.get("last-modified")
+
+
 def _etag(headers: dict[str, str]) -> str | None:
     """Return the ETag header if it is one usable tag (RFC 9110, 8.8.3), else None.
 
@@ -910,8 +916,7 @@ def _etag(headers: dict[str, str]) -> str | None:
     bare = tag.removeprefix("W/")
     bare = bare[1:-1] if len(bare) > 1 and bare[0] == bare[-1] == '"' else bare
     usable = bare and tag != "*" and '"' not in bare and ", " not in bare and tag.isprintable()
-    # nginx makes it of time, in seconds, and size: in that second it may stand for others, too.
-    if bare[8:9] == "-" and headers.get("date", "") == headers.get("last-modified"):
+    if bare[8:9] == "-" and _just_changed(headers):  # nginx makes it of time, in seconds, and size
         usable = not _HEX.issuperset(bare[:8] + bare[9:])
     return tag if usable and len(tag.encode()) <= 80 else None
 
@@ -2514,7 +2519,7 @@ def _default_session() -> Any:
     return session if by_hand else None
 
 
-def _new_client(required: bool, offline: bool) -> tuple[Any, bool]:
+def _new_client(required: bool, offline: bool, session: Any) -> tuple[Any, bool]:
     """Return a boto3 client, and whether it has credentials; without, only one that is required."""
     with _IMPORTS:
         import boto3.session  # pyright: ignore[reportMissingImports]
@@ -2524,7 +2529,7 @@ def _new_client(required: bool, offline: bool) -> tuple[Any, bool]:
     # Offline EC2 must not be asked for keys nor, by the mode "auto", for the region.
     key = "offline" if offline else None
     mode: Any = {"defaults_mode": "legacy"} if offline else {}
-    session = (None if offline else _default_session()) or boto3.session.Session(key, key)
+    session = session or boto3.session.Session(key, key)
     credentials = session.get_credentials()
     if credentials is None and not required:
         return None, False
@@ -2557,7 +2562,8 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
     names = (name for name in os.environ if name.startswith("AWS_") or name.endswith(ends))
     env: tuple[tuple[str, Any], ...]
     env = tuple(sorted((name, os.environ.get(name, "")) for name in names))
-    env += (("", "offline" if offline else _default_session()),)
+    session = None if offline else _default_session()
+    env += (("", "offline" if offline else session),)
     client = _CLIENTS.get(env)
     if client is not None:
         return client
@@ -2569,7 +2575,7 @@ def _own_client(required: bool, endpoint: str, offline: bool = False) -> Any:
         if client is not None:
             return client
         try:
-            client, lasts = _new_client(required, offline)
+            client, lasts = _new_client(required, offline, session)
         except ImportError:
             if not required:
                 return None
@@ -2812,13 +2818,14 @@ def _resume(
     Range, and boto3 itself then writes a wrong file (faults seen in the wild).
     """
     fields = {"Range": f"bytes={sink.at}-{stop - 1}", "If-Match": etag}
+    ask = partial(source.read, fields, patience.switch)
     try:
-        answer = patience.insist(partial(source.read, fields, patience.switch))
+        answer = patience.insist(ask)
     except TransferError as error:
         if error.status != 501:
             raise
         del fields["If-Match"]  # VAST refuses it; the ETag of the answer is compared in any case
-        answer = patience.insist(partial(source.read, fields, patience.switch))
+        answer = patience.insist(ask)
     if answer.status == 206 and answer.etag == etag:
         if (answer.start, answer.stop, answer.total) == (sink.at, stop, total):
             return answer
@@ -3075,9 +3082,8 @@ def _validator(answer: _Answer) -> str:
         bare = etag[1:-1]
         plain = etag[0] == etag[-1] == '"' and bare and _ETAG_BARE.issuperset(bare)
         return "s" + bare if plain else "x" + etag.encode("latin-1").hex()
-    modified, date = answer.headers.get("last-modified", ""), answer.headers.get("date")
-    # In the second in which it was sent it may change once more (RFC 9110, 8.8.2.2).
-    usable = 0 < len(modified) <= 40 and _clean(modified) and modified != date
+    modified = answer.headers.get("last-modified", "")
+    usable = 0 < len(modified) <= 40 and _clean(modified) and not _just_changed(answer.headers)
     return "m" + modified.encode("latin-1").hex() if usable else ""
 
 
@@ -3847,7 +3853,8 @@ class _Partial:
         # Rather from the first byte than not at all: what the dead left takes the room for our copy
         # of it, which of a quota nobody could tell before.
         others = self.store.partials(self.key) if error.errno in _FULL else []
-        return bool(list(filter(self._bury, others)))
+        buried = [path for path in others if self._bury(path)]
+        return bool(buried)
 
     def _copy(self, file: BinaryIO, index: int, crc: bytes) -> int:
         """Copy a free chunk if its checksum is right; whatever goes wrong, it is free again."""
@@ -4344,7 +4351,9 @@ class _Keeper(_Store):
                 if errors:
                     raise errors[0]
                 for top in filter(_is_tree, tops):
-                    tree = trees.get(top) or trees.setdefault(top, self._tree(top))
+                    if top not in trees:
+                        trees[top] = self._tree(top)
+                    tree = trees[top]
                     if not tree.inodes.keys().isdisjoint(unit.inodes):
                         error = _remove_tree(top)
                         if error and os.path.lexists(top):
@@ -4469,8 +4478,10 @@ def _cache_dir(cache_dir: StrPath | None) -> str:
     if _scheme(text) or "\0" in text:
         name = "cache_dir" if cache_dir else "AIND_S3_CACHE_DIR"
         raise ValueError(f"{name} must be a directory, not '{_redact(text)}'")
+    if not text:
+        return _default_cache_dir()
     with _Disk(text):  # a relative one in a working directory that is gone
-        return _abspath(os.path.expanduser(text)) if text else _default_cache_dir()
+        return _abspath(os.path.expanduser(text))
 
 
 @lru_cache(maxsize=256)
