@@ -343,6 +343,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory is no more."""
+    if os.name == "nt":
+        pytest.skip("there a directory in use stays")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+
+
+@pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small sizes: an object of 256 KiB is large, and a MiB comes in several ranges.
 
@@ -364,17 +374,12 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-_SESSION: list[Any] = []  # one for all tests: it keeps what it has parsed of S3's model
-
-
 def new_client(url: str, **config: Any) -> Any:
     """A boto3 client with a key of its own; the test is skipped without boto3."""
     boto3 = pytest.importorskip("boto3")
     from botocore.config import Config
 
-    if not _SESSION:
-        _SESSION.append(boto3.session.Session())
-    return _SESSION[0].client(
+    return boto3.session.Session().client(
         "s3",
         endpoint_url=url,
         aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],

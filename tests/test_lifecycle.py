@@ -525,20 +525,6 @@ def test_a_deleted_working_directory(
     assert Path(done.stdout.strip()).read_bytes() == b"data"
 
 
-@posix
-def test_a_relative_cache_in_a_deleted_directory_is_one_clear_error(
-    publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    with pytest.raises(OSError, match=r".") as caught:
-        s3c.get_local_path_for_resource(publish(b"data"), cache_dir="here")
-    assert caught.value.errno == errno.ENOENT
-    os.chdir(tmp_path)
-
-
 READ_ONLY = """
 import SUBJECT as s3c, os, sys
 uri, held, cache = sys.argv[1:]
